@@ -1,0 +1,35 @@
+"""Spectral normalization for JAX.
+
+A parameter is a linear map: say once how each acts (a view), and normalization, its state and
+its gradient follow. Flax users start with ``sn_jax.linen`` (import it by name).
+"""
+
+from sn_jax._core import Rules as Rules
+from sn_jax._core import Singular as Singular
+from sn_jax._core import State as State
+from sn_jax._core import calibrate as calibrate
+from sn_jax._core import init as init
+from sn_jax._core import spectral_normalize as spectral_normalize
+from sn_jax._core import spectral_norms as spectral_norms
+from sn_jax._core import spectral_penalty as spectral_penalty
+from sn_jax._power import PowerResult as PowerResult
+from sn_jax._power import power_iteration as power_iteration
+from sn_jax._views import Matrix as Matrix
+from sn_jax._views import View as View
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Matrix",
+    "PowerResult",
+    "Rules",
+    "Singular",
+    "State",
+    "View",
+    "calibrate",
+    "init",
+    "power_iteration",
+    "spectral_normalize",
+    "spectral_norms",
+    "spectral_penalty",
+]
