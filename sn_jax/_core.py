@@ -93,11 +93,12 @@ def init(
         raise ValueError(f"n_vectors must be an integer >= 1; got {n_vectors!r}.")
     warmup = int(_power.as_steps(warmup))
     leaves = _named_leaves(params)
+    bits = jax.random.bits(key, (), jnp.uint32)
     state = {}
     for path, view in _select(leaves, rules).items():
         w = _checked_weight(path, leaves[path], view)
-        leaf_key = jax.random.fold_in(key, zlib.crc32(path.encode()))
-        state[path] = _start(w, leaf_key, view=view, n_vectors=n_vectors, warmup=warmup)
+        seed = bits ^ np.uint32(zlib.crc32(path.encode()))
+        state[path] = _start(w, seed, view=view, n_vectors=n_vectors, warmup=warmup)
     return state
 
 
@@ -154,8 +155,8 @@ def spectral_normalize(
         raise ValueError(f'gradient must be "through" or "stop"; got {gradient!r}.')
     n_steps = _power.as_steps(n_steps)
     static = n_steps if isinstance(n_steps, int) else None
-    bounds = _bounds_by_path(bound, state)
     weights = _weights_of(params, state)
+    bounds = _bounds_by_path(bound, state)
     changed, new_state = {}, {}
     for path, w in weights.items():
         changed[path], new_state[path] = _normalize(
@@ -257,15 +258,14 @@ def spectral_penalty(params: Params, state: State) -> Array:
 
 
 @partial(jax.jit, static_argnames=("view", "n_vectors", "warmup"))
-def _start(w, key, *, view, n_vectors, warmup):
+def _start(w, seed, *, view, n_vectors, warmup):
     batch, domain, codomain = _spaces(view, w.shape)
     k = min(n_vectors, max(1, int(np.prod(domain))), max(1, int(np.prod(codomain))))
     dtype = compute_dtype(w.dtype)
-    u_key, v_key = jax.random.split(key)
     lead = len(batch) + 1
     # Both random: where the weights give no direction yet (zeros), either is a start.
-    u = _power.unit(jax.random.normal(u_key, (*batch, k, *codomain), dtype), 0.0, lead)
-    v = _power.unit(jax.random.normal(v_key, (*batch, k, *domain), dtype), 0.0, lead)
+    u = _power.unit(_power.noise(seed, (*batch, k, *codomain), dtype), 0.0, lead)
+    v = _power.unit(_power.noise(~seed, (*batch, k, *domain), dtype), 0.0, lead)
     start = Singular(u, v, jnp.zeros(batch, dtype), view)
     return _updated(start, *_run(partial(_power.iterate, n_steps=warmup), w, start))
 

@@ -213,6 +213,10 @@ def _finish(apply, w, u, v, z, batch_ndim) -> PowerResult:
         length = jnp.where(length > 0, length, jnp.ones_like(length))
         v, y = v / _expand(length, v), y / _expand(length, y)
         v = unit(v, v_old, batch_ndim + 1)
+        # Eigenvectors have no sign of their own: keep the one that the stored vectors had.
+        along = jnp.sum(v * v_old, tuple(range(batch_ndim + 1, v.ndim)))
+        sign = jnp.where(along < 0, -jnp.ones_like(along), jnp.ones_like(along))
+        v, y = v * _expand(sign, v), y * _expand(sign, y)
     u = unit(lax.stop_gradient(y), u, batch_ndim + 1)
     return PowerResult(_sigma(u, y, batch_ndim), u, v)
 
@@ -259,16 +263,24 @@ def unit(x: Array, fallback: Array | float, lead: int) -> Array:
     return jnp.where(usable, x / _expand(jnp.maximum(_norm(x, lead), 1.0), x), fallback)
 
 
-def fixed_start(shape: tuple[int, ...], dtype) -> Array:
-    """Fixed irregular entries in [-1, 1): a start where there is neither a state nor a key.
+def noise(seed: Array | int, shape: tuple[int, ...], dtype) -> Array:
+    """White noise in [-1, 1) to start from: a hash of the index and a 32-bit seed.
 
-    White noise from a hash of the index; a constant or periodic vector could be orthogonal to
-    the leading singular vector of a structured matrix.
+    A constant or periodic vector could be orthogonal to the leading singular vector of a
+    structured matrix. Not ``jax.random``: its counter-based generator would be most of the time
+    that ``init`` takes to compile.
     """
-    x = lax.iota(jnp.uint32, math.prod(shape)) + jnp.uint32(1)
-    for shift, multiplier in ((16, 0x7FEB352D), (15, 0x846CA68B)):
-        x = (x ^ (x >> shift)) * jnp.uint32(multiplier)
-    return ((x >> 8).astype(dtype) / 2**23 - 1).reshape(shape)
+    index = lax.iota(jnp.uint32, math.prod(shape))
+    bits = _mix(index ^ _mix(jnp.asarray(seed, jnp.uint32)))
+    return ((bits >> 8).astype(dtype) / 2**23 - 1).reshape(shape)
+
+
+def _mix(x: Array) -> Array:
+    """A bijection of 32-bit integers that leaves no visible trace of their order."""
+    x = x + jnp.uint32(0x9E3779B9)
+    for multiplier in (0x7FEB352D, 0x846CA68B):
+        x = (x ^ (x >> 16)) * jnp.uint32(multiplier)
+    return x ^ (x >> 16)
 
 
 def _orthonormal(z: Array, fallback: Array, batch_ndim: int) -> Array:

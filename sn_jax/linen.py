@@ -145,7 +145,7 @@ class SpectralNorm(nn.Module):
         )
         # v is only a fallback: with it a u that is zero (as flax leaves it after a zero kernel)
         # recovers.
-        v = _power.fixed_start((1, *view.domain(w.shape)), self.param_dtype)
+        v = _power.noise(0, (1, *view.domain(w.shape)), self.param_dtype)
         return _core.Singular(u, v, sigma, view)
 
     def _store(self, path, old, new, update_stats):

@@ -1,0 +1,31 @@
+import os
+
+# Both before NumPy and JAX are imported.
+# One BLAS thread per test process: two that spin for two cores were 100 times slower.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+# Nearly all of the suite's time is XLA compiling small programs.
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
+
+import jax
+import pytest
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "float32: run with JAX's default, 64-bit types disabled")
+    jax.config.update("jax_numpy_rank_promotion", "raise")
+    jax.config.update("jax_numpy_dtype_promotion", "strict")
+    jax.config.update("jax_enable_x64", True)
+
+
+@pytest.fixture(autouse=True)
+def _jax_defaults(request):
+    """Tests marked float32 run as users' programs do: no float64, default promotion."""
+    if request.node.get_closest_marker("float32") is None:
+        yield
+        return
+    with (
+        jax.enable_x64(False),
+        jax.numpy_dtype_promotion("standard"),
+        jax.numpy_rank_promotion("allow"),
+    ):
+        yield

@@ -1,0 +1,112 @@
+"""The package as a whole: layering, lightness, documentation."""
+
+import ast
+import doctest
+import importlib
+import inspect
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import sn_jax
+
+ROOT = Path(__file__).parent.parent
+MODULES = sorted(path.stem for path in (ROOT / "sn_jax").glob("*.py"))
+# Who may import what of ours (DESIGN: views and power know nothing; the rest builds on them).
+LAYERS = {
+    "_views": set(),
+    "_power": set(),
+    "_core": {"_views", "_power"},
+    "linen": {"_views", "_power", "_core"},
+    "__init__": {"_views", "_power", "_core"},
+}
+PUBLIC = [getattr(sn_jax, name) for name in sn_jax.__all__ if name not in ("State", "Rules")]
+
+
+def imports(path: Path) -> set[str]:
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_layers(module):
+    ours = {name.split(".")[1] for name in imports(ROOT / "sn_jax" / f"{module}.py")
+            if name.startswith("sn_jax.")}  # fmt: skip
+    assert ours <= LAYERS[module]
+
+
+def test_experiments_and_tests_use_public_names_only():
+    for folder in ("experiments", "tests"):
+        for path in (ROOT / folder).rglob("*.py"):
+            private = [name for name in imports(path) if re.search(r"sn_jax\.(\w+\.)*_", name)]
+            assert not private, f"{path}: {private}"
+
+
+def test_import_loads_no_framework():
+    code = (
+        "import sys, sn_jax; "
+        "print([m for m in ('flax', 'optax', 'torch', 'chex') if m in sys.modules])"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.stdout.strip() == "[]", result.stderr
+
+
+def test_all_is_what_the_package_exports():
+    tree = ast.parse((ROOT / "sn_jax" / "__init__.py").read_text())
+    exported = {alias.asname for node in tree.body if isinstance(node, ast.ImportFrom)
+                for alias in node.names}  # fmt: skip
+    assert exported == set(sn_jax.__all__)
+    assert all(hasattr(sn_jax, name) for name in sn_jax.__all__)
+
+
+@pytest.mark.parametrize("thing", PUBLIC, ids=lambda thing: thing.__name__)
+def test_public_names_are_documented(thing):
+    doc = inspect.getdoc(thing)
+    first = doc.split("\n")[0]
+    assert first.endswith((".", "``.")), f"one full sentence first: {first!r}"
+    if inspect.isfunction(thing):
+        for parameter in inspect.signature(thing).parameters:
+            assert re.search(rf"\b{parameter}\b.*:", doc), f"{parameter} is not described"
+        for section in ("Args:", "Returns:", "Raises:", "Example:"):
+            assert section in doc
+
+
+@pytest.mark.float32
+@pytest.mark.parametrize("module", MODULES)
+def test_docstring_examples(module):
+    module = importlib.import_module("sn_jax" if module == "__init__" else f"sn_jax.{module}")
+    result = doctest.testmod(module, optionflags=doctest.NORMALIZE_WHITESPACE)
+    assert result.failed == 0
+
+
+@pytest.mark.float32
+def test_readme_python_blocks_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert blocks, "the README has no Python"
+    for block in blocks:
+        exec(compile(block, "README.md", "exec"), {})
+
+
+def test_wheel_contains_the_package_and_nothing_else(tmp_path):
+    source = tmp_path / "source"
+    subprocess.run(["git", "clone", "-q", str(ROOT), str(source)], check=True)
+    build = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation"]
+    result = subprocess.run([*build, "-w", str(tmp_path), "."], cwd=source,
+                            capture_output=True, text=True)  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    (wheel,) = tmp_path.glob("*.whl")
+    from zipfile import ZipFile
+
+    names = [n for n in ZipFile(wheel).namelist() if ".dist-info/" not in n]
+    assert "sn_jax/py.typed" in names
+    assert all(name.startswith("sn_jax/") for name in names), names
+    assert {n for n in names if n.endswith(".py")} == {f"sn_jax/{m}.py" for m in MODULES}
