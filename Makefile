@@ -11,7 +11,7 @@ demo: $(VENV)/.experiments
 
 ## The whole test suite.
 test: $(VENV)/.test
-	$(RUN) -m pytest -n 2
+	$(RUN) -m pytest -n 2 --dist loadgroup
 
 lint: $(VENV)/.test
 	$(RUN) -m ruff check .

@@ -14,12 +14,14 @@ from sn_jax._core import spectral_norms as spectral_norms
 from sn_jax._core import spectral_penalty as spectral_penalty
 from sn_jax._power import PowerResult as PowerResult
 from sn_jax._power import power_iteration as power_iteration
+from sn_jax._views import Conv as Conv
 from sn_jax._views import Matrix as Matrix
 from sn_jax._views import View as View
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "Conv",
     "Matrix",
     "PowerResult",
     "Rules",

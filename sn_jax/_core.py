@@ -1,6 +1,7 @@
 """The functional API: a state of singular vectors, and parameters divided by their norms."""
 
 import difflib
+import math
 import re
 import zlib
 from collections.abc import Mapping
@@ -92,7 +93,7 @@ def init(
     if not isinstance(n_vectors, int) or n_vectors < 1:
         raise ValueError(f"n_vectors must be an integer >= 1; got {n_vectors!r}.")
     warmup = int(_power.as_steps(warmup))
-    leaves = _named_leaves(params)
+    leaves = named_leaves(params)
     bits = jax.random.bits(key, (), jnp.uint32)
     state = {}
     for path, view in _select(leaves, rules).items():
@@ -257,16 +258,21 @@ def spectral_penalty(params: Params, state: State) -> Array:
 # inside a user's jit leaves of equal shape and view are traced once.
 
 
-@partial(jax.jit, static_argnames=("view", "n_vectors", "warmup"))
-def _start(w, seed, *, view, n_vectors, warmup):
+def start_state(w: Array, view: View, n_vectors: int, seed: Array | int = 0) -> Singular:
+    """Unit noise for one leaf, before any iteration."""
     batch, domain, codomain = _spaces(view, w.shape)
-    k = min(n_vectors, max(1, int(np.prod(domain))), max(1, int(np.prod(codomain))))
-    dtype = compute_dtype(w.dtype)
-    lead = len(batch) + 1
+    k = min(n_vectors, max(1, math.prod(domain)), max(1, math.prod(codomain)))
+    dtype, lead = compute_dtype(w.dtype), len(batch) + 1
+    seed = jnp.asarray(seed, jnp.uint32)
     # Both random: where the weights give no direction yet (zeros), either is a start.
     u = _power.unit(_power.noise(seed, (*batch, k, *codomain), dtype), 0.0, lead)
     v = _power.unit(_power.noise(~seed, (*batch, k, *domain), dtype), 0.0, lead)
-    start = Singular(u, v, jnp.zeros(batch, dtype), view)
+    return Singular(u, v, jnp.zeros(batch, dtype), view)
+
+
+@partial(jax.jit, static_argnames=("view", "n_vectors", "warmup"))
+def _start(w, seed, *, view, n_vectors, warmup):
+    start = start_state(w, view, n_vectors, seed)
     return _updated(start, *_run(partial(_power.iterate, n_steps=warmup), w, start))
 
 
@@ -337,7 +343,7 @@ def _path_name(path) -> str:
     return keystr(path, simple=True, separator="/")
 
 
-def _named_leaves(params: Params) -> dict[str, Any]:
+def named_leaves(params: Params) -> dict[str, Any]:
     leaves = {}
     for path, leaf in tree_flatten_with_path(params)[0]:
         name = _path_name(path)
@@ -359,11 +365,8 @@ def _select(leaves: Mapping[str, Any], rules: Rules | None) -> dict[str, View]:
         selected = {path: _default_view(path, jnp.shape(leaf))
                     for path, leaf in leaves.items() if hasattr(leaf, "shape")}  # fmt: skip
     else:
-        compiled = [(_compiled(pattern), view) for pattern, view in rules.items()]
-        selected = {
-            path: next((view for regex, view in compiled if regex.fullmatch(path)), None)
-            for path in leaves
-        }
+        view_of = compile_rules(rules, leaves)
+        selected = {path: view_of(path, None) for path in leaves}
     selected = {path: view for path, view in selected.items() if view is not None}
     if not selected:
         wanted = (
@@ -378,14 +381,68 @@ def _select(leaves: Mapping[str, Any], rules: Rules | None) -> dict[str, View]:
     return selected
 
 
-def _compiled(pattern: str) -> re.Pattern:
-    try:
-        return re.compile(pattern)
-    except re.error as error:
+def compile_rules(rules: Rules | None, leaves: Mapping[str, Any]):
+    """A function (path, default) -> what the first rule that matches the path says.
+
+    A rule matches as a regular expression, in full, or letter by letter: a dict path -> view
+    from ``views`` is a set of rules, whatever characters its paths contain.
+    """
+    compiled = []
+    for pattern, view in (rules or {}).items():
+        try:
+            compiled.append((pattern, re.compile(pattern), view))
+        except re.error as error:
+            if pattern not in leaves:
+                raise ValueError(
+                    f"The rule {pattern!r} is not a regular expression: {error}. Escape special "
+                    "characters (re.escape) to match them literally."
+                ) from None
+            compiled.append((pattern, re.compile(re.escape(pattern)), view))
+
+    def view_of(path, default):
+        matches = (v for text, regex, v in compiled if text == path or regex.fullmatch(path))
+        return next(matches, default)
+
+    return view_of
+
+
+def resolve_views(
+    leaves: Mapping[str, Any], found: Mapping[str, set[View | None]], rules: Rules | None, who: str
+) -> dict[str, View]:
+    """One view per leaf from what a trace found, rules first; ``who`` asks, for the errors."""
+    view_of = compile_rules(rules, leaves)
+    unseen = object()
+    resolved = {}
+    for path, leaf in leaves.items():
+        view = view_of(path, unseen)
+        if view is unseen:
+            seen, shape = found.get(path, set()), jnp.shape(leaf)
+            # Which side is input does not matter: an embedding that is tied to the output.
+            if len({frozenset((v.in_axes, v.out_axes)) if isinstance(v, Matrix) else v
+                    for v in seen}) == 1:  # fmt: skip
+                view = min(seen, key=repr)
+            elif len(seen) > 1:
+                raise ValueError(
+                    f"{who}: {path} of shape {shape} acts in {len(seen)} ways "
+                    f"({'; '.join(sorted(map(repr, seen)))}). Say which one to normalize with "
+                    f"rules={{{path!r}: view}}, or leave it alone with None for the view."
+                )
+            else:
+                view = None
+            if view is None and path.rpartition("/")[2] in WEIGHT_NAMES and len(shape) >= 2:
+                raise ValueError(
+                    f"{who} cannot see how {path} of shape {shape} is used: its layer is none of "
+                    f"Flax's own. Say it with rules={{{path!r}: sn_jax.Matrix(in_axes, "
+                    "out_axes)}, or leave it alone with None for the view."
+                )
+        if view is not None:
+            resolved[path] = view
+    if not resolved:
         raise ValueError(
-            f"The rule {pattern!r} is not a regular expression: {error}. "
-            "Escape special characters (re.escape) to match a path literally."
-        ) from None
+            f"{who} finds no kernel to normalize among {_listed(leaves)}: wrap or give a model "
+            "that has one, or name one by rules."
+        )
+    return resolved
 
 
 def _default_view(path: str, shape: tuple[int, ...]) -> View | None:
@@ -433,7 +490,7 @@ def _weights_of(params: Params, state: State) -> dict[str, Array]:
             f"state must be what sn_jax.init returned (a dict path -> Singular); got "
             f"{type(state).__name__}. The order is (params, state)."
         )
-    leaves = _named_leaves(params)
+    leaves = named_leaves(params)
     weights = {}
     for path, singular in state.items():
         if path not in leaves:

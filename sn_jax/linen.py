@@ -1,43 +1,279 @@
-"""Spectral normalization for Flax linen."""
+"""Spectral normalization for Flax linen: whole-model views, a drop-in wrapper, and export."""
 
 import re
+from collections.abc import Mapping
+from functools import partial
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from flax import traverse_util
 from flax.core import meta
+from flax.linen.linear import ConvLocal
+from flax.linen.recurrent import DenseParams
 
-from sn_jax import _core, _power
-from sn_jax._views import Matrix
+from sn_jax import _core, _trace
+from sn_jax._views import Conv, Matrix, View
+
+ConvView = Literal["reshape", "operator"]
+
+
+def views(
+    module: nn.Module,
+    variables: Mapping[str, Any],
+    *args: Any,
+    conv: ConvView = "reshape",
+    rules: _core.Rules | None = None,
+    rngs: Any = None,
+    method: Any = None,
+    **kwargs: Any,
+) -> dict[str, View]:
+    """How every kernel of a linen model acts, with the strides, padding and sizes it runs at.
+
+    One abstract evaluation of ``module.apply(variables, *args, **kwargs)``: nothing is computed.
+    Layers under ``nn.scan`` and ``nn.vmap`` get their stacking axis as a batch axis. The result
+    is made for ``sn_jax.init(variables["params"], key, views)``: any model is normalized
+    without being edited.
+
+    Args:
+      module: the model.
+      variables: its variables; arrays or ShapeDtypeStructs.
+      *args, **kwargs: for its call; arrays or ShapeDtypeStructs.
+      conv: "reshape" sees convolutions flattened to (taps * in, out), as the paper does;
+        "operator" as the linear maps that they are at their input's size.
+      rules: regular expression -> view or None for parameters that the trace cannot see through
+        or that you want seen otherwise, such as per head: ``{r".*/query/kernel": Matrix(0, 2)}``.
+      rngs, method: as in ``module.apply``.
+
+    Returns:
+      dict: path in ``variables["params"]`` -> view; a set of rules for ``sn_jax.init``.
+
+    Raises:
+      ValueError: a parameter named kernel, w, weight or embedding is not seen, or acts in two
+        ways; the way out is ``rules``.
+
+    Example:
+      >>> model = nn.Sequential([nn.Conv(8, (3, 3)), nn.relu, nn.Conv(4, (3, 3), strides=2)])
+      >>> x = jnp.zeros((1, 16, 16, 3))
+      >>> variables = model.init(jax.random.key(0), x)
+      >>> for path, view in views(model, variables, x).items():
+      ...     print(path, view)
+      layers_0/kernel Matrix(in_axes=(0, 1, 2), out_axes=(3,))
+      layers_2/kernel Matrix(in_axes=(0, 1, 2), out_axes=(3,))
+    """
+    params = meta.unbox(variables["params"])
+    found = _traced(module, {**variables, "params": params}, args, kwargs, conv, rngs, method)
+    return _core.resolve_views(_core.named_leaves(params), found, rules, "sn_jax.linen.views")
+
+
+def _traced(module, variables, args, kwargs, conv, rngs, method):
+    """path -> the views under which the model uses that parameter."""
+    leaves, treedef = jax.tree_util.tree_flatten((args, kwargs))
+    is_array = [hasattr(leaf, "shape") and hasattr(leaf, "dtype") for leaf in leaves]
+
+    def tagged(next_fun, args, kwargs, context):
+        layer = context.module
+        if context.method_name in ("__call__", "attend"):
+            for name, view in _layer_views(layer, args, kwargs, conv).items():
+                if layer.has_variable("params", name):
+                    _trace.tag(meta.unbox(layer.get_variable("params", name)), view)
+        return next_fun(*args, **kwargs)
+
+    def apply(params, arrays, others):
+        arrays = iter(arrays)
+        rest = iter(leaf for leaf, array in zip(leaves, is_array, strict=True) if not array)
+        merged = [next(arrays) if array else next(rest) for array in is_array]
+        args, kwargs = treedef.unflatten(merged)
+        params = traverse_util.unflatten_dict(params, sep="/")
+        with nn.intercept_methods(tagged):
+            return module.apply(
+                {**others, "params": params},
+                *args, rngs=rngs, method=method, mutable=True, **kwargs,
+            )  # fmt: skip
+
+    params = traverse_util.flatten_dict(variables["params"], sep="/")
+    others = {name: value for name, value in variables.items() if name != "params"}
+    arrays = [leaf for leaf, array in zip(leaves, is_array, strict=True) if array]
+    return _trace.views_of(apply, params, arrays, others)
+
+
+def _layer_views(layer: nn.Module, args, kwargs, conv: ConvView) -> dict[str, View]:
+    """Views of one layer's own parameters, on the axes that it declares them with."""
+    kind = type(layer)
+    known = [base for base in _ADAPTERS if isinstance(layer, base)]
+    # A subclass that overrides __call__ may do anything with its kernel.
+    if not known or kind.__call__ is not known[0].__call__:
+        return {}
+    name, adapter = _ADAPTERS[known[0]]
+    x = (*args, *kwargs.values())[0] if args or kwargs else None
+    view = adapter(layer, x, conv)
+    return {} if view is None else {name: view}
+
+
+def _dense(layer, x, conv):
+    return Matrix(0, 1)
+
+
+def _dense_general(layer, x, conv):
+    def count(value):
+        return len(value) if isinstance(value, tuple | list) else 1
+
+    n_batch, n_in, n_out = count(layer.batch_dims), count(layer.axis), count(layer.features)
+    n_batch = 0 if layer.batch_dims == () else n_batch
+    ins = tuple(range(n_batch, n_batch + n_in))
+    return Matrix(ins, tuple(range(n_batch + n_in, n_batch + n_in + n_out)))
+
+
+def _einsum(layer, x, conv):
+    if not layer.einsum_str:
+        return None
+    inputs, _, output = layer.einsum_str.replace(" ", "").partition("->")
+    x_axes, _, kernel = inputs.partition(",")
+    ins = tuple(i for i, a in enumerate(kernel) if a in x_axes and a not in output)
+    outs = tuple(i for i, a in enumerate(kernel) if a not in x_axes and a in output)
+    summed_alone = any(a not in x_axes and a not in output for a in kernel)
+    return None if summed_alone or "." in kernel or not ins or not outs else Matrix(ins, outs)
+
+
+def _convolution(layer, x, conv):
+    spatial = layer.kernel_size if isinstance(layer.kernel_size, tuple | list) else (0,)
+    n = len(spatial)
+    transpose = isinstance(layer, nn.ConvTranspose)
+    swapped = transpose and layer.transpose_kernel
+    if conv == "reshape":
+        return Matrix((*range(n), n + swapped), n + 1 - swapped)
+    options = {
+        "input_shape": x.shape[-n - 1 : -1],
+        "strides": layer.strides or 1,
+        "padding": layer.padding,
+        "kernel_dilation": layer.kernel_dilation or 1,
+    }
+    if transpose:
+        return Conv(**options, transpose=True, transpose_kernel=layer.transpose_kernel)
+    groups = layer.feature_group_count
+    return Conv(**options, input_dilation=layer.input_dilation or 1, feature_group_count=groups)
+
+
+_ADAPTERS = {
+    nn.Dense: ("kernel", _dense),
+    nn.DenseGeneral: ("kernel", _dense_general),
+    nn.Einsum: ("kernel", _einsum),
+    nn.Embed: ("embedding", _dense),
+    DenseParams: ("kernel", _dense),
+    ConvLocal: ("kernel", lambda layer, x, conv: None),  # one kernel per pixel: no single view
+    nn.Conv: ("kernel", _convolution),
+    nn.ConvTranspose: ("kernel", _convolution),
+}
+
+
+def bake(
+    module: nn.Module,
+    variables: Mapping[str, Any],
+    *args: Any,
+    rngs: Any = None,
+    method: Any = None,
+    **kwargs: Any,
+) -> dict[str, Any]:
+    """Variables of the plain module, without any SpectralNorm, that give the same outputs.
+
+    ``W / sigma``, as eval computes it, takes the place of every wrapped kernel; the wrappers'
+    state is left out. For serving and export.
+
+    Args:
+      module: a model with SpectralNorm wrappers anywhere.
+      variables: its variables.
+      *args, **kwargs, rngs, method: for one call of ``module.apply``, which finds the wrappers.
+
+    Returns:
+      dict: variables of the model in which each ``SpectralNorm(layer)`` is ``layer``.
+
+    Raises:
+      ValueError: the call meets no SpectralNorm.
+
+    Example:
+      >>> x = jnp.ones((2, 3))
+      >>> model = nn.Sequential([SpectralNorm(nn.Dense(4)), nn.relu])
+      >>> variables = model.init(jax.random.key(0), x)
+      >>> plain = nn.Sequential([nn.Dense(4), nn.relu])
+      >>> baked = bake(model, variables, x)
+      >>> bool(jnp.all(plain.apply(baked, x) == model.apply(variables, x)))
+      True
+    """
+    wrappers, written = {}, []
+
+    def baking(next_fun, args, kwargs, context):
+        wrapper = context.module
+        if not (isinstance(wrapper, SpectralNorm) and context.method_name == "__call__"):
+            return next_fun(*args, **kwargs)
+        wrappers[wrapper.path] = wrapper
+        kwargs = {name: value for name, value in kwargs.items() if name != "update_stats"}
+        return wrapper._run(args, kwargs, update_stats=False, written=written)
+
+    with nn.intercept_methods(baking):
+        _, updates = module.apply(
+            variables, *args, rngs=rngs, method=method, mutable=["params"], **kwargs
+        )
+    if not wrappers:
+        raise ValueError(
+            f"bake found no sn_jax.linen.SpectralNorm in this call of {type(module).__name__}: "
+            "give the arguments (and method) with which the wrapped layers are used."
+        )
+    baked = {**variables, **updates}
+    for name in baked:
+        flat = traverse_util.flatten_dict(baked[name])
+        flat = {_without_wrappers(key, name, wrappers): value for key, value in flat.items()}
+        flat.pop(None, None)
+        baked[name] = traverse_util.unflatten_dict(flat)
+    return {name: value for name, value in baked.items() if value}
+
+
+def _without_wrappers(key, collection, wrappers):
+    """The key of a variable in the plain model; None for what only the wrappers hold."""
+    # Innermost first, so that the paths of outer ones still fit.
+    for path in sorted(wrappers, key=len, reverse=True):
+        wrapper, n = wrappers[path], len(path)
+        if key[:n] != path:
+            continue
+        if len(key) == n + 1 and collection in ("params", wrapper.collection_name):
+            return None  # "layer/kernel/u", "layer/kernel/scale"
+        if key[n] == "layer_instance":
+            key = key[:n] + key[n + 1 :]
+    return key
 
 
 class SpectralNorm(nn.Module):
-    """A layer whose kernel is divided by its spectral norm at every call.
+    """A layer whose kernels are divided by their spectral norms at every call.
 
-    Miyato et al. (2018), algorithm 1, with convolutions flattened to (kh * kw * in, out) as in
-    the paper. The raw parameters are never written: ``params`` holds what the optimizer set, at
-    ``init`` too. The state lies in ``batch_stats`` in flax's own layout, one ``u`` (1, out) and
-    one ``sigma`` () per kernel, so that existing train loops and checkpoints work. Biases are
-    left alone.
+    A drop-in for ``flax.linen.SpectralNorm``: same arguments, same parameters, same collection
+    (``u`` (1, out) and ``sigma`` () per kernel), same outputs wherever flax's matrix is right.
+    Miyato et al. (2018), algorithm 1. The raw parameters are never written: ``params`` holds
+    what the optimizer set, at ``init`` too. Biases are left alone, attention projections and
+    stacked layers are seen as the maps that they are (see ``views``).
 
-    A call with the collection mutable stores the update (one power iteration); a call with it
-    immutable computes the same and stores nothing. ``init`` warms up.
+    A call with the collection mutable stores the update (``n_steps`` of power iteration from the
+    stored ``u``); a call with it immutable computes the same and stores nothing.
 
     Attributes:
-      layer_instance: the layer, such as ``nn.Dense(64)`` or ``nn.Conv(64, (4, 4))``.
-      n_steps: power-iteration steps per call, >= 1.
+      layer_instance: any module: ``nn.Dense(64)``, attention, a recurrent cell, a whole block.
+      n_steps: power-iteration steps per call, >= 1; None is 1, or 15 if stateless.
       epsilon: accepted for flax's sake; vectors are scaled before they are normalized, so that
         no floor is needed and the result does not depend on the kernel's scale.
       dtype: of the normalized kernel; None keeps the kernel's own.
       param_dtype: of the stored ``u`` and ``sigma``.
-      error_on_non_matrix: raise for kernels with more than 2 axes instead of flattening them.
+      error_on_non_matrix: raise for kernels with more than 2 axes.
       collection_name: where the state is kept.
       bound, mode, gradient: as in ``sn_jax.spectral_normalize``.
+      conv: "reshape" or "operator", as in ``views``.
+      rules: as in ``views``, on paths inside the layer: ``{r".*/out/kernel": None}``.
+      n_vectors: singular vectors iterated together, as in ``sn_jax.init``.
       warmup: power-iteration steps at ``init``.
+      use_scale: multiply each normalized kernel by a learned scale, initially 1, in ``params``
+        (the gamma of sigma-Reparam, Zhai et al. 2023).
+      stateless: iterate from a fixed start at every call; no collection. For ensembles and
+        critics that are called with parameters only.
 
     Example:
-      >>> import jax, jax.numpy as jnp, flax.linen as nn
       >>> model = SpectralNorm(nn.Dense(4))
       >>> x = jnp.ones((2, 3))
       >>> variables = model.init(jax.random.key(0), x)
@@ -48,19 +284,24 @@ class SpectralNorm(nn.Module):
     """
 
     layer_instance: nn.Module
-    n_steps: int = 1
+    n_steps: int | None = None
     epsilon: float = 1e-12
-    dtype: jnp.dtype | None = None
-    param_dtype: jnp.dtype = jnp.float32
+    dtype: Any = None
+    param_dtype: Any = jnp.float32
     error_on_non_matrix: bool = False
     collection_name: str = "batch_stats"
     bound: float = 1.0
-    mode: str = "divide"
-    gradient: str = "through"
+    mode: Literal["divide", "clip"] = "divide"
+    gradient: Literal["through", "stop"] = "through"
+    conv: ConvView = "reshape"
+    rules: Mapping[str, View | None] | None = None
+    n_vectors: int = 1
     warmup: int = 15
+    use_scale: bool = False
+    stateless: bool = False
 
     @nn.compact
-    def __call__(self, *args, update_stats: bool | None = None, **kwargs):
+    def __call__(self, *args, update_stats: bool | jax.Array | None = None, **kwargs):
         """The layer's output with normalized kernels.
 
         Args:
@@ -68,88 +309,132 @@ class SpectralNorm(nn.Module):
           update_stats: store the update; by default whether the collection is mutable.
 
         Raises:
-          ValueError: ``update_stats=True`` with an immutable collection; ``n_steps`` < 1.
+          ValueError: ``update_stats=True`` with an immutable or missing collection; no kernel to
+            normalize; a kernel whose use cannot be seen; ``n_steps`` < 1.
         """
-        if self.n_steps < 1:
-            raise ValueError(
-                f"SpectralNorm needs n_steps >= 1, got {self.n_steps}; without the wrapper the "
-                "layer is left alone."
-            )
-        mutable = self.is_mutable_collection(self.collection_name)
+        mutable = not self.stateless and self.is_mutable_collection(self.collection_name)
         if update_stats is None:
             update_stats = mutable
         elif update_stats is True and not mutable:
             raise ValueError(
-                f"update_stats=True, but the collection {self.collection_name!r} is immutable: "
-                f"pass mutable=[{self.collection_name!r}] to apply, or update_stats=False."
+                f"update_stats=True, but SpectralNorm around {self._layer} is stateless."
+                if self.stateless
+                else f"update_stats=True, but the collection {self.collection_name!r} is "
+                f"immutable: pass mutable=[{self.collection_name!r}] to apply, or "
+                "update_stats=False."
+            )
+        return self._run(args, kwargs, update_stats)
+
+    @property
+    def _layer(self) -> str:
+        return f"{type(self.layer_instance).__name__} ({self.layer_instance.name})"
+
+    @nn.nowrap
+    def _run(self, args, kwargs, update_stats, written=None):
+        if self.n_steps is not None and self.n_steps < 1:
+            raise ValueError(
+                f"SpectralNorm needs n_steps >= 1, got {self.n_steps}; without the wrapper the "
+                "layer is left alone."
+            )
+        if isinstance(self.layer_instance, SpectralNorm):
+            raise ValueError(
+                f"SpectralNorm around SpectralNorm ({self.layer_instance.name}): wrap a layer once."
             )
         if self.is_initializing():
             # Creates the raw parameters, which the second call below reads.
             self.layer_instance(*args, **kwargs)
-
+        others = {k: v for k, v in self.layer_instance.variables.items() if k != "params"}
+        normalize = partial(
+            self._normalized, others=others, args=args, kwargs=kwargs, update_stats=update_stats,
+            written=written,
+        )  # fmt: skip
         return nn.map_variables(
             lambda layer: layer(*args, **kwargs),
             "params",
-            trans_in_fn=lambda variables: self._normalized(variables, mutable, update_stats),
+            trans_in_fn=normalize,
             init=False,
-            mutable=False,
+            mutable=written is not None,
         )(self.layer_instance)
 
-    def _normalized(self, variables, mutable, update_stats):
+    def _normalized(self, variables, others, args, kwargs, update_stats, written):
         """trans_in_fn of map_variables: {"params": tree} -> the same, normalized."""
         variables = meta.unbox(variables)
         params = traverse_util.flatten_dict(variables.get("params", {}), sep="/")
-        views = {path: self._view(path, w.shape) for path, w in params.items()}
-        views = {path: view for path, view in views.items() if view is not None}
-        if not views:
-            raise ValueError(
-                f"SpectralNorm around {type(self.layer_instance).__name__} "
-                f"({self.layer_instance.name}) finds no kernel to normalize among "
-                f"{sorted(params)}; wrap the layers that have one."
-            )
-        state = {path: self._stored(path, params[path], view) for path, view in views.items()}
+        if written is not None and any(w is new for w in params.values() for new in written):
+            return variables  # a shared layer, baked by an earlier call
+        found = self._views(params, {**others, **variables}, args, kwargs)
+        state = {path: self._stored(path, params[path], view) for path, view in found.items()}
         normalized, new_state = _core.spectral_normalize(
             params, state,
-            n_steps=self.n_steps, bound=self.bound, mode=self.mode, gradient=self.gradient,
+            n_steps=self.n_steps or (15 if self.stateless else 1),
+            bound=self.bound, mode=self.mode, gradient=self.gradient,
         )  # fmt: skip
-        for path in views:
-            if not self.is_initializing() and mutable:
+        for path, view in found.items():
+            if not self.stateless and not self.is_initializing():
                 self._store(path, state[path], new_state[path], update_stats)
+            if self.use_scale:
+                shape = view.batch_shape(params[path].shape)
+                init = nn.initializers.ones
+                scale = self.param(self._key(path, "scale"), init, shape, self.param_dtype)
+                normalized[path] = view.scale(normalized[path], scale)
             if self.dtype is not None:
                 normalized[path] = normalized[path].astype(self.dtype)
+        if written is not None:
+            written.extend(normalized[path] for path in found)
         return {**variables, "params": traverse_util.unflatten_dict(normalized, sep="/")}
 
-    def _view(self, path, shape):
-        name = path.rpartition("/")[2]
-        if name not in _core.WEIGHT_NAMES or len(shape) < 2:
-            return None
-        if self.error_on_non_matrix and len(shape) > 2:
-            raise ValueError(
-                f"{self.layer_instance.name}/{path} has shape {shape} and error_on_non_matrix "
-                "is True; leave it False to flatten all axes but the last."
-            )
-        return Matrix(tuple(range(len(shape) - 1)), len(shape) - 1)
+    def _views(self, params, variables, args, kwargs):
+        if self.error_on_non_matrix:
+            for path, w in params.items():
+                if path.rpartition("/")[2] in _core.WEIGHT_NAMES and w.ndim > 2:
+                    raise ValueError(
+                        f"{self.layer_instance.name}/{path} has shape {w.shape} and "
+                        "error_on_non_matrix is True; leave it False to normalize it."
+                    )
+        direct = _layer_views(self.layer_instance, args, kwargs, self.conv)
+        if direct:
+            found = {path: {view} for path, view in direct.items()}
+        else:
+            # A block of several layers: one abstract evaluation of a detached copy of it.
+            layer = self.layer_instance.clone(parent=None)
+            rngs = {name: jax.random.key(0) for name in self.scope.root.rngs}
+            found = _traced(layer, variables, args, kwargs, self.conv, rngs, None)
+            for path, w in params.items():
+                if path.rpartition("/")[2] in _core.WEIGHT_NAMES and w.ndim == 2:
+                    found.setdefault(path, {Matrix()})
+        return _core.resolve_views(params, found, self.rules, f"SpectralNorm around {self._layer}")
+
+    def _key(self, path, name):
+        return f"{self.layer_instance.name}/{path}/{name}"
 
     def _stored(self, path, w, view):
         """The state of one kernel: u and sigma as stored, v to be iterated from u."""
-        key = f"{self.layer_instance.name}/{path}"
-        if not self.has_variable(self.collection_name, f"{key}/u"):
-            rules = {re.escape(path): view}
-            initial = _core.init({path: w}, self.make_rng("params"), rules, warmup=self.warmup)
+        if self.stateless:
+            return _core.start_state(w, view, self.n_vectors)
+        if not self.has_variable(self.collection_name, self._key(path, "u")):
+            if not self.is_mutable_collection(self.collection_name):
+                raise ValueError(
+                    f"The variables have no {self.collection_name!r} for {self._layer}, which "
+                    "SpectralNorm reads: pass them to apply (all that init returned), or use "
+                    "stateless=True."
+                )
+            start = _core.init(
+                {path: w}, self.make_rng("params"), {re.escape(path): view},
+                n_vectors=self.n_vectors, warmup=self.warmup,
+            )[path]  # fmt: skip
             for name in ("u", "sigma"):
-                value = jax.lax.stop_gradient(getattr(initial[path], name))
-                value = value.astype(self.param_dtype)
-                self.variable(self.collection_name, f"{key}/{name}", lambda value=value: value)
+                value = jax.lax.stop_gradient(getattr(start, name)).astype(self.param_dtype)
+                self.put_variable(self.collection_name, self._key(path, name), value)
         u, sigma = (
-            self.get_variable(self.collection_name, f"{key}/{name}") for name in ("u", "sigma")
+            self.get_variable(self.collection_name, self._key(path, name))
+            for name in ("u", "sigma")
         )
         # v is only a fallback: with it a u that is zero (as flax leaves it after a zero kernel)
         # recovers.
-        v = _power.noise(0, (1, *view.domain(w.shape)), self.param_dtype)
-        return _core.Singular(u, v, sigma, view)
+        return _core.Singular(u, _core.start_state(w, view, self.n_vectors).v, sigma, view)
 
     def _store(self, path, old, new, update_stats):
-        for name in ("u", "sigma"):
-            value = jnp.where(update_stats, getattr(new, name), getattr(old, name))
-            key = f"{self.layer_instance.name}/{path}/{name}"
-            self.put_variable(self.collection_name, key, value)
+        if self.is_mutable_collection(self.collection_name):
+            for name in ("u", "sigma"):
+                value = jnp.where(update_stats, getattr(new, name), getattr(old, name))
+                self.put_variable(self.collection_name, self._key(path, name), value)

@@ -11,7 +11,11 @@ from jax.test_util import check_grads
 
 import sn_jax
 
-pytestmark = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+# Grouped so that one worker compiles what the tests of a case share.
+pytestmark = pytest.mark.parametrize(
+    "case",
+    [pytest.param(case, marks=pytest.mark.xdist_group(case.name), id=case.name) for case in CASES],
+)
 F32, F64 = jnp.float32, jnp.float64
 
 

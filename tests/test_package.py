@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from zipfile import ZipFile
 
 import pytest
 
@@ -20,7 +21,8 @@ LAYERS = {
     "_views": set(),
     "_power": set(),
     "_core": {"_views", "_power"},
-    "linen": {"_views", "_power", "_core"},
+    "_trace": {"_views"},
+    "linen": {"_views", "_core", "_trace"},
     "__init__": {"_views", "_power", "_core"},
 }
 PUBLIC = [getattr(sn_jax, name) for name in sn_jax.__all__ if name not in ("State", "Rules")]
@@ -104,9 +106,9 @@ def test_wheel_contains_the_package_and_nothing_else(tmp_path):
                             capture_output=True, text=True)  # fmt: skip
     assert result.returncode == 0, result.stderr
     (wheel,) = tmp_path.glob("*.whl")
-    from zipfile import ZipFile
-
     names = [n for n in ZipFile(wheel).namelist() if ".dist-info/" not in n]
     assert "sn_jax/py.typed" in names
     assert all(name.startswith("sn_jax/") for name in names), names
-    assert {n for n in names if n.endswith(".py")} == {f"sn_jax/{m}.py" for m in MODULES}
+    assert {n for n in names if n.endswith(".py")} == {
+        f"sn_jax/{path.name}" for path in (source / "sn_jax").glob("*.py")
+    }

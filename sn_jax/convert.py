@@ -1,0 +1,602 @@
+"""Torch checkpoints in and out, and the state as plain arrays.
+
+Needs NumPy and JAX only: torch tensors are read through their own ``detach().cpu().numpy()``.
+"""
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import fields, replace
+from itertools import combinations
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+
+from sn_jax import _core
+from sn_jax._core import Params, Rules, Singular, State
+from sn_jax._views import Conv, Matrix, View, compute_dtype
+
+VERSION = 1
+
+# The end of a key in a torch state dict -> what it holds; None: no parameter, left aside.
+_TORCH_FIELDS = {
+    "weight": "weight",
+    "weight_orig": "weight",
+    "parametrizations.weight.original": "weight",
+    "bias": "bias",
+    "weight_u": "u",
+    "weight_v": "v",
+    "parametrizations.weight.0._u": "u",
+    "parametrizations.weight.0._v": "v",
+    "running_mean": None,
+    "running_var": None,
+    "num_batches_tracked": None,
+}
+_FLAX_WEIGHTS = ("kernel", "embedding", "scale")
+
+
+def from_torch(
+    state_dict: Mapping[str, Any],
+    template: Params,
+    views: Rules | None = None,
+    names: Mapping[str, str] | None = None,
+) -> tuple[Params, State]:
+    r"""Parameters for a Flax model, and their state, from a torch model's ``state_dict``.
+
+    Reads what both of torch's functions leave, ``torch.nn.utils.spectral_norm``
+    (``weight_orig``, ``weight_u``, ``weight_v``) and its successor in ``parametrizations``
+    (``parametrizations.weight.original``, ``.0._u``, ``.0._v``), beside plain ``weight`` and
+    ``bias``. The parameters are the raw ones; the state has an entry for each weight that torch
+    normalizes, so ``spectral_normalize(params, state, n_steps=0)`` divides as torch does in
+    eval, for both. In train mode the first iterates ``v``, then ``u``, as ``n_steps=1`` does; the
+    second ``u``, then ``v``: its sigma lies between ours of that step and the next.
+
+    ============== =========================== ==========================
+    torch          weight                      flax
+    ============== =========================== ==========================
+    Linear         (out, in)                   kernel (in, out)
+    Conv1d-3d      (out, in / groups, \*k)     kernel (\*k, in / groups, out)
+    ConvTranspose  (in, out, \*k)              kernel (\*k, in, out), flipped in space
+    the same, for  transpose_kernel=True       kernel (\*k, out, in), not flipped
+    Embedding      (num, dim)                  embedding (num, dim)
+    Batch-, Layer- weight, bias                scale, bias
+    ============== =========================== ==========================
+
+    Outputs are equal if ``nn.Conv`` has torch's ``padding=p``, and if ``nn.ConvTranspose`` has
+    ``padding=[(r - p, r - p + o), ...]`` with torch's ``padding`` p, ``output_padding`` o and
+    r = dilation * (kernel_size - 1), for both values of ``transpose_kernel``. For stride s,
+    ``"SAME"`` is that if o = 0 and r + 1 - s = 2 p, or if p = 0 and o = s - r - 1, and
+    ``"VALID"`` if p = 0 and o = max(s - r - 1, 0). A kernel that could be of a Conv or of a
+    ConvTranspose (more than 2 axes, as many input as output channels) needs ``views`` to say.
+
+    Torch's ``u`` (out,) carries over as it is; ``v`` is permuted as the kernel is, and stays
+    unflattened. Running statistics of BatchNorm are no parameters and are left aside.
+
+    Args:
+      state_dict: torch's names -> tensors, or arrays. bfloat16 is read through float32.
+      template: the Flax model's parameters (nested dicts; ``jax.eval_shape`` of ``init`` will
+        do): their paths, shapes and dtypes are those of the result.
+      views: regular expression -> view, as for ``sn_jax.init``, or what ``sn_jax.linen.views``
+        returns. A ``Conv`` says by ``transpose`` and ``transpose_kernel`` what a kernel is; a
+        ``Matrix`` with the last axis as output says Conv where the shape leaves it open, and
+        one with the last but one ConvTranspose with ``transpose_kernel=True``. A
+        ``Matrix`` is also the view of the entry in the state. Otherwise that is the matrix which
+        torch flattens to, also for a ``Conv``, of whose operator torch has no vectors.
+      names: torch's module -> Flax module, such as ``{"main.0": "Conv_0"}``. Modules it does not
+        name are matched in order of appearance; siblings with numbers (``Conv_2``, ``Conv_10``)
+        in the order of these.
+
+    Returns:
+      (params, State): parameters like ``template``; sigma in the state is ``<u, W v>``.
+
+    Raises:
+      ValueError: modules, shapes or vectors do not fit each other, a key is not understood, or a
+        kernel may be that of a Conv or of a ConvTranspose. Both sides are named.
+
+    Example:
+      >>> import sn_jax
+      >>> torch = {"0.weight_orig": np.diag([2.0, 4.0]), "0.bias": np.zeros(2),
+      ...          "0.weight_u": np.array([0.0, 1.0]), "0.weight_v": np.array([0.0, 1.0])}
+      >>> template = {"Dense_0": {"kernel": jnp.zeros((2, 2)), "bias": jnp.zeros(2)}}
+      >>> params, state = from_torch(torch, template)
+      >>> print(state["Dense_0/kernel"].sigma)
+      4.0
+      >>> normalized, _ = sn_jax.spectral_normalize(params, state, n_steps=0)
+      >>> print(normalized["Dense_0"]["kernel"])
+      [[0.5 0. ]
+       [0.  1. ]]
+    """
+    changed, state = {}, {}
+    for module in _matched(state_dict, template, views, names):
+        dtype = module.leaf.dtype
+        weight = module.layout.to_flax(module.arrays["weight"], range(len(module.shape)))
+        changed[module.path] = jnp.asarray(weight, dtype)
+        if "bias" in module.arrays:
+            changed[module.bias_path] = jnp.asarray(module.arrays["bias"], module.bias.dtype)
+        if "u" not in module.keys:
+            continue
+        axes, vectors = module.vector_axes(), {}
+        for field, kept in axes.items():
+            x = module.arrays[field].reshape([module.shape[axis] for axis in kept])
+            vectors[field] = jnp.asarray(module.layout.to_flax(x, kept)[None], compute_dtype(dtype))
+        view, swapped = module.view_of(axes, None if isinstance(module.view, Conv) else module.view)
+        u, v = (vectors[field] for field in ("vu" if swapped else "uv"))
+        state[module.path] = Singular(u, v, jnp.zeros((), u.dtype), view)
+    params = _with_leaves(template, changed)
+    norms = _core.spectral_norms(params, state)
+    return params, {path: replace(entry, sigma=norms[path]) for path, entry in state.items()}
+
+
+def to_torch(
+    params: Params,
+    state: State,
+    template: Mapping[str, Any],
+    views: Rules | None = None,
+    names: Mapping[str, str] | None = None,
+) -> dict[str, np.ndarray]:
+    """The way back from ``from_torch``: a state dict for a torch model.
+
+    The round trip is exact: the same numbers in the same places. Load the result by
+    ``model.load_state_dict({name: torch.from_numpy(x) for name, x in result.items()})``.
+
+    Args:
+      params: the Flax model's parameters.
+      state: entries for the weights that the torch model normalizes, and for no others. Of
+        several vectors the leading one is taken.
+      template: the torch model's own ``state_dict``. Its names decide which of torch's two
+        functions is meant; what is no parameter (running statistics) is taken from it.
+      views, names: as for ``from_torch``.
+
+    Returns:
+      dict: the keys of ``template`` -> NumPy arrays of its dtypes (float32 for bfloat16), to be
+      copied (``torch.from_numpy`` shares memory).
+
+    Raises:
+      ValueError: as ``from_torch``; the state has an entry too many or too few.
+
+    Example:
+      >>> params = {"Dense_0": {"kernel": jnp.array([[1.0, 2.0, 3.0]])}}
+      >>> to_torch(params, {}, template={"0.weight": np.zeros((3, 1))})["0.weight"]
+      array([[1.],
+             [2.],
+             [3.]])
+    """
+    _check_state(state)
+    result = {key: _as_array(value) for key, value in template.items()}
+    unused = dict(state)
+
+    def put(module, field, x):
+        old = module.arrays[field]
+        result[module.keys[field]] = np.array(x, old.dtype, order="C").reshape(old.shape)
+
+    for module in _matched(template, params, views, names):
+        weight = np.asarray(module.leaf)
+        put(module, "weight", module.layout.to_torch(weight, range(len(module.shape))))
+        if "bias" in module.arrays:
+            put(module, "bias", module.bias)
+        if "u" not in module.keys:
+            continue
+        if module.path not in unused:
+            raise ValueError(
+                f"The torch model normalizes {module.name!r}, but the state has no entry "
+                f"{module.path!r}; make one with sn_jax.init, or a template without "
+                "spectral_norm there."
+            )
+        entry = unused.pop(module.path)
+        axes = module.vector_axes()
+        _, swapped = module.view_of(axes, entry.view)
+        for field, ours in zip("uv", "vu" if swapped else "uv", strict=True):
+            leading = np.asarray(getattr(entry, ours))[0]
+            put(module, field, module.layout.to_torch(leading, axes[field]))
+    if unused:
+        raise ValueError(
+            f"The state has entries that the torch model does not normalize: "
+            f"{_core._listed(unused)}. Leave them out, with the parameters normalized or raw as "
+            "torch shall have them, or take the template from a model with spectral_norm there."
+        )
+    return result
+
+
+def to_state_dict(state: State) -> dict[str, Any]:
+    """A state as nested dicts of NumPy arrays and a version, for any checkpoint format.
+
+    The views are not stored: they come from the template when it is read. Sharded states need
+    not pass through here; a ``State`` is a pytree of arrays.
+
+    Args:
+      state: from ``sn_jax.init``.
+
+    Returns:
+      dict: ``{"version": 1, "state": {path: {"u": ..., "v": ..., "sigma": ...}}}``.
+
+    Raises:
+      TypeError: ``state`` is not a state.
+
+    Example:
+      >>> import jax, sn_jax
+      >>> state = sn_jax.init({"kernel": jnp.ones((2, 3))}, jax.random.key(0))
+      >>> plain = to_state_dict(state)
+      >>> plain["version"], plain["state"]["kernel"]["u"].shape
+      (1, (1, 3))
+    """
+    _check_state(state)
+    entries = {path: {name: np.asarray(getattr(entry, name)) for name in _ARRAYS}
+               for path, entry in state.items()}  # fmt: skip
+    return {"version": VERSION, "state": entries}
+
+
+def from_state_dict(d: Mapping[str, Any], template: State) -> State:
+    """The state that ``to_state_dict`` made plain.
+
+    Args:
+      d: its result, or what a checkpoint library made of it.
+      template: a state of the same model (``jax.eval_shape`` of ``sn_jax.init`` will do): paths,
+        shapes, dtypes and views are taken from it.
+
+    Returns:
+      State: like ``template``, with the arrays of ``d``.
+
+    Raises:
+      ValueError: another version, other paths or other shapes than the template's.
+      TypeError: ``template`` is not a state.
+
+    Example:
+      >>> import jax, sn_jax
+      >>> state = sn_jax.init({"kernel": jnp.ones((2, 3))}, jax.random.key(0))
+      >>> template = sn_jax.init({"kernel": jnp.ones((2, 3))}, jax.random.key(1))
+      >>> again = from_state_dict(to_state_dict(state), template)
+      >>> bool(jnp.all(again["kernel"].u == state["kernel"].u))
+      True
+    """
+    _check_state(template)
+    if not isinstance(d, Mapping) or not {"version", "state"} <= d.keys():
+        raise ValueError(
+            "This is no result of sn_jax.convert.to_state_dict: that has the keys 'version' and "
+            f"'state'; got {sorted(d) if isinstance(d, Mapping) else type(d).__name__}."
+        )
+    if int(d["version"]) != VERSION:
+        raise ValueError(
+            f"The state was written in version {int(d['version'])} of the format, and this "
+            f"release of sn_jax reads version {VERSION}; install the release that wrote it."
+        )
+    entries = d["state"]
+    missing, unknown = template.keys() - entries.keys(), entries.keys() - template.keys()
+    if missing or unknown:
+        raise ValueError(
+            f"The stored state is of another model than the template. Only the template has: "
+            f"{_core._listed(sorted(missing))}; only the stored state has: "
+            f"{_core._listed(sorted(unknown))}. Make the template by sn_jax.init with the "
+            "parameters and rules of the model that was saved."
+        )
+    state = {}
+    for path, like in template.items():
+        arrays = {}
+        for name in _ARRAYS:
+            expected = getattr(like, name)
+            got = np.shape(entries[path][name]) if name in entries[path] else "nothing"
+            if got != expected.shape:
+                raise ValueError(
+                    f"{name} of {path} is stored with shape {got}, but the template's is "
+                    f"{expected.shape}: the parameter's shape, its view or n_vectors differ. "
+                    "Make the template as the saved state was made."
+                )
+            arrays[name] = jnp.asarray(entries[path][name], expected.dtype)
+        state[path] = Singular(**arrays, view=like.view)
+    return state
+
+
+_ARRAYS = tuple(field.name for field in fields(Singular) if field.name != "view")
+
+
+def _check_state(state):
+    if not isinstance(state, Mapping) or not all(isinstance(s, Singular) for s in state.values()):
+        raise TypeError(
+            "A state is what sn_jax.init returned (a dict path -> Singular); got "
+            f"{type(state).__name__}."
+        )
+
+
+# One torch module matched with one Flax module.
+
+
+class _Layout(NamedTuple):
+    """Where torch's axes are in a Flax kernel."""
+
+    axes: tuple[int, ...]  # the torch axis that each Flax axis is
+    out: int  # the torch axis of u
+    flip: bool = False  # in space: torch's axes from 2 on
+
+    def to_flax(self, x: np.ndarray, kept) -> np.ndarray:
+        """A torch array with the axes ``kept`` (ascending) of the weight, as Flax has them."""
+        order = [axis for axis in self.axes if axis in kept]
+        x = x.transpose([list(kept).index(axis) for axis in order])
+        return self._flipped(x, order)
+
+    def to_torch(self, x: np.ndarray, kept) -> np.ndarray:
+        """The inverse."""
+        order = [axis for axis in self.axes if axis in kept]
+        return self._flipped(x, order).transpose([order.index(axis) for axis in kept])
+
+    def _flipped(self, x, order):
+        return np.flip(x, [i for i, a in enumerate(order) if a >= 2]) if self.flip else x
+
+
+def _layouts(leaf_name: str, torch_shape, shape) -> dict[str, _Layout]:
+    """What the layer can be, by name, to judge from the shapes of its weight."""
+    n = len(torch_shape)
+    space = tuple(range(2, n))
+    if leaf_name != "kernel":
+        layouts = {leaf_name: _Layout(tuple(range(n)), 0)}
+    elif n == 2:
+        layouts = {"Dense": _Layout((1, 0), 0)}
+    else:
+        layouts = {
+            "Conv": _Layout((*space, 1, 0), 0),
+            "ConvTranspose": _Layout((*space, 0, 1), 1, flip=True),
+            "ConvTranspose(transpose_kernel=True)": _Layout((*space, 1, 0), 1),
+        }
+    return {
+        name: layout
+        for name, layout in layouts.items()
+        if tuple(torch_shape[axis] for axis in layout.axes) == tuple(shape)
+    }
+
+
+class _Module(NamedTuple):
+    name: str  # torch's
+    keys: dict[str, str]  # weight, bias, u, v -> key of the state dict
+    arrays: dict[str, np.ndarray]  # the same -> torch's arrays
+    path: str  # of the weight in the Flax tree
+    leaf: Any
+    bias_path: str
+    bias: Any
+    layout: _Layout
+    view: View | None  # from the user
+
+    @property
+    def shape(self):
+        return self.arrays["weight"].shape
+
+    def vector_axes(self) -> dict[str, list[int]]:
+        """Torch's axes of u and of v: torch flattens all but one, its argument ``dim``."""
+        n, u, v = len(self.shape), self.arrays["u"].size, self.arrays["v"].size
+        for axis in (self.layout.out, *range(n)):
+            if n > 1 and u == self.shape[axis] and u * v == math.prod(self.shape):
+                return {"u": [axis], "v": [a for a in range(n) if a != axis]}
+        raise ValueError(
+            f"Torch's {self.name!r} has a weight of shape {self.shape}, but u of {u} and v of {v} "
+            "entries: they fit none of its flattenings. Take all from one state_dict."
+        )
+
+    def view_of(self, axes, view: View | None) -> tuple[View, bool]:
+        """The view, checked to be torch's matrix, and whether its input is torch's output."""
+        ins, outs = (
+            tuple(i for i, a in enumerate(self.layout.axes) if a in axes[field]) for field in "vu"
+        )
+        # For a matrix, what sn_jax.init takes by default: states of both go together.
+        default = Matrix() if (ins, outs) == ((0,), (1,)) else Matrix(ins, outs)
+        if view is None:
+            return default, False
+        if isinstance(view, Matrix):
+            groups = view._groups(len(self.shape))
+            if groups in (((), ins, outs), ((), outs, ins)):
+                return view, groups == ((), outs, ins)
+        raise ValueError(
+            f"{self.path} of shape {self.leaf.shape} is seen as {view}, but torch keeps the "
+            f"vectors of {default} for {self.name!r}; use that view here, and for another norm "
+            "begin a new state with sn_jax.init."
+        )
+
+
+def _matched(state_dict, tree, views, names) -> list[_Module]:
+    """Torch's modules with their Flax partners, checked against each other."""
+    torch_modules, flax_modules = _torch_modules(state_dict), _flax_modules(tree)
+    paths = {_joined(path, leaf) for path, leaves in flax_modules.items() for leaf in leaves}
+    view_of = _core.compile_rules(views, paths)
+    matched = []
+    for name, module in _paired(torch_modules, flax_modules, tree, names or {}).items():
+        keys, leaves = torch_modules[name], flax_modules[module]
+        arrays = {field: _as_array(state_dict[key]) for field, key in keys.items()}
+        weights = [leaf for leaf in leaves if leaf in _FLAX_WEIGHTS]
+        layouts = {}
+        if len(weights) == 1 and {"weight", *leaves} - {*weights} == keys.keys() - {"u", "v"}:
+            layouts = _layouts(weights[0], arrays["weight"].shape, leaves[weights[0]].shape)
+            if "bias" in leaves and arrays["bias"].shape != leaves["bias"].shape:
+                layouts = {}
+        if not layouts:
+            torch_side = {field: x.shape for field, x in arrays.items() if field not in "uv"}
+            flax_side = {leaf: x.shape for leaf, x in leaves.items()}
+            raise ValueError(
+                f"Torch's module {name!r} ({_shapes(torch_side)}) does not fit the template's "
+                f"{module!r} ({_shapes(flax_side)}), with which it is matched. Modules are "
+                "matched in order of appearance; where the orders differ, give "
+                f"names={{{name!r}: <path of its Flax module>, ...}}."
+            )
+        path = _joined(module, weights[0])
+        view = view_of(path, None)
+        layout = _chosen(path, name, layouts, view, arrays)
+        matched.append(
+            _Module(
+                name, keys, arrays, path, leaves[weights[0]],
+                _joined(module, "bias"), leaves.get("bias"), layout, view,
+            )
+        )  # fmt: skip
+    return matched
+
+
+def _chosen(path, name, layouts, view, arrays) -> _Layout:
+    """The layout that the view tells, where the shapes leave more than one."""
+    transposed = "ConvTranspose(transpose_kernel=True)"
+    said = list(layouts)
+    if isinstance(view, Conv):
+        said = ["Conv"]
+        if view.transpose:
+            said = [transposed if view.transpose_kernel else "ConvTranspose"]
+    elif isinstance(view, Matrix) and len(layouts) > 1:
+        n = arrays["weight"].ndim
+        out = tuple(axis % n for axis in view.out_axes)
+        said = {(n - 1,): ["Conv"], (n - 2,): [transposed]}.get(out, said)
+        # linen.views sees both kinds as this matrix: believe it, unless flax's name disagrees.
+        if said == ["Conv"] and "ConvTranspose" in path:
+            said = list(layouts)
+    possible = {kind: layout for kind, layout in layouts.items() if kind in said}
+    if not possible:
+        raise ValueError(
+            f"{path} is a {said[0]} by its view, but from torch's {name!r} of shape "
+            f"{arrays['weight'].shape} its shape can only come as {' or '.join(layouts)}; "
+            "correct the view or names."
+        )
+    if len({(layout.axes, layout.flip) for layout in possible.values()}) > 1:
+        raise ValueError(
+            f"{path}, from torch's {name!r} of shape {arrays['weight'].shape}, has as many input "
+            "as output channels, so it may be that of a Conv or of a ConvTranspose; say which by "
+            f"views={{{path!r}: sn_jax.Conv(input_shape, transpose=False or True)}}, as "
+            'sn_jax.linen.views(..., conv="operator") does.'
+        )
+    # Same place for the weight: Conv and a transposed kernel differ in which axis u is of.
+    fitting = [x for x in possible.values()
+               if "u" in arrays and arrays["u"].size == arrays["weight"].shape[x.out]]  # fmt: skip
+    return (fitting or list(possible.values()))[0]
+
+
+def _torch_modules(state_dict) -> dict[str, dict[str, str]]:
+    """module -> {weight, bias, u, v: key}, in order of appearance."""
+    modules: dict[str, dict[str, str]] = {}
+    for key in state_dict:
+        ends = [end for end in _TORCH_FIELDS if f".{key}".endswith(f".{end}")]
+        module = key[: -len(ends[0])].rstrip(".") if ends else key
+        if not ends or "parametrizations" in module.split("."):
+            raise ValueError(
+                f"The key {key!r} of torch's state_dict is not understood: it is no weight or bias "
+                "of a Linear, Conv, ConvTranspose, Embedding or norm layer, plain or under one "
+                "spectral_norm of its weight. Take it out, and convert it by hand."
+            )
+        field = _TORCH_FIELDS[ends[0]]
+        if field is None:
+            continue
+        fields = modules.setdefault(module, {})
+        if field in fields:
+            raise ValueError(
+                f"{fields[field]!r} and {key!r} are both the {field} of torch's module "
+                f"{module!r}; leave the one that does not count out of state_dict."
+            )
+        fields[field] = key
+    for module, fields in modules.items():
+        plain = fields.get("weight", "weight").rpartition(".")[2] == "weight"
+        if {"u", "v"} & fields.keys() != (set() if plain else {"u", "v"}):
+            raise ValueError(
+                f"Torch's module {module!r} has only {_core._listed(fields.values())}: a weight "
+                "under spectral_norm comes with its u and v, and a plain one without. Other "
+                "parametrizations must be removed first "
+                "(torch.nn.utils.parametrize.remove_parametrizations)."
+            )
+    return modules
+
+
+def _flax_modules(tree) -> dict[str, dict[str, Any]]:
+    """module path -> {leaf name: leaf}, in order of appearance."""
+    if not isinstance(tree, Mapping):
+        raise ValueError(
+            f"The Flax parameters must be nested dicts, as variables['params'] are; got "
+            f"{type(tree).__name__}."
+        )
+    modules = {}
+
+    def walk(tree, path):
+        leaves = {str(name): x for name, x in tree.items() if not isinstance(x, Mapping)}
+        for name, x in leaves.items():
+            if not hasattr(x, "shape"):
+                raise ValueError(
+                    f"{_joined(path, name)} of the template is a {type(x).__name__}, not an "
+                    "array; take boxed parameters out of their boxes by flax.core.meta.unbox."
+                )
+        if leaves:
+            modules[path] = leaves
+        for name in _natural([name for name, x in tree.items() if isinstance(x, Mapping)]):
+            walk(tree[name], _joined(path, name))
+
+    walk(tree, "")
+    return modules
+
+
+def _natural(names: list) -> list:
+    """Names in their order, but those that differ by their last number in the order of that."""
+    stems: dict[str, list] = {}
+    for name in names:
+        stems.setdefault(re.sub(r"\d+$", "", str(name)), []).append(name)
+    numbered = {
+        stem: iter(sorted(group, key=lambda name: int(str(name)[len(stem) :] or -1)))
+        for stem, group in stems.items()
+    }
+    return [next(numbered[re.sub(r"\d+$", "", str(name))]) for name in names]
+
+
+def _paired(torch_modules, flax_modules, tree, names) -> dict[str, str]:
+    """torch module -> Flax module: by names, the rest in order of appearance."""
+    for given, known, side in (
+        (names.keys(), torch_modules, "torch's state_dict"),
+        (names.values(), flax_modules, "the template"),
+    ):
+        unknown = [name for name in given if name not in known]
+        if unknown or len(set(given)) < len(given):
+            raise ValueError(
+                f"names has {_core._listed(unknown or given)} for {side}, which "
+                + ("is no module there" if unknown else "names a module twice")
+                + f". The modules with parameters are: {_core._listed(known)}."
+            )
+    rest = [name for name in torch_modules if name not in names]
+    targets = [path for path in flax_modules if path not in names.values()]
+    if len(rest) != len(targets):
+        raise ValueError(
+            f"Torch's state_dict has {len(rest)} modules with parameters ({_core._listed(rest)}), "
+            f"and the template has {len(targets)} ({_core._listed(targets)}). Each needs a "
+            "partner: take out what is not in the other model, and give names= where their order "
+            "differs."
+        )
+    if _sorted(tree):
+        # jax.jit and jax.tree.map return dicts with sorted keys.
+        shapes = {path: {k: tuple(x.shape) for k, x in flax_modules[path].items()}
+                  for path in targets}  # fmt: skip
+        for a, b in combinations(targets, 2):
+            if shapes[a] == shapes[b] and re.sub(r"\d+", "", a) != re.sub(r"\d+", "", b):
+                raise ValueError(
+                    f"{a!r} and {b!r} of the template have the same shapes, and the template's "
+                    "keys are sorted, so that their order says nothing (jax.jit and jax.tree.map "
+                    "sort keys): give names={torch module: Flax module}, or as template what "
+                    "model.init returned without jit."
+                )
+    return {**names, **dict(zip(rest, targets, strict=True))}
+
+
+def _sorted(tree) -> bool:
+    names = [str(name) for name in tree]
+    return names == sorted(names) and all(
+        _sorted(x) for x in tree.values() if isinstance(x, Mapping)
+    )
+
+
+def _with_leaves(tree, changed: Mapping[str, Any], path: str = ""):
+    """Not by jax.tree: that would sort the keys, whose order the next conversion needs."""
+    if not isinstance(tree, Mapping):
+        return changed[path]
+    return type(tree)(
+        {name: _with_leaves(x, changed, _joined(path, name)) for name, x in tree.items()}
+    )
+
+
+def _joined(path, name) -> str:
+    return f"{path}/{name}" if path else str(name)
+
+
+def _as_array(x) -> np.ndarray:
+    """A torch tensor, or anything that NumPy takes, as an array."""
+    if hasattr(x, "detach"):
+        x = x.detach().cpu()
+        x = (x.float() if "bfloat16" in str(x.dtype) else x).numpy()
+    x = np.asarray(x)
+    return x.astype(np.float32) if x.dtype == jnp.bfloat16 else x
+
+
+def _shapes(arrays: Mapping[str, tuple]) -> str:
+    return ", ".join(f"{name} {tuple(shape)}" for name, shape in arrays.items())
