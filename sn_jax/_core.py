@@ -432,8 +432,9 @@ def resolve_views(
             if view is None and path.rpartition("/")[2] in WEIGHT_NAMES and len(shape) >= 2:
                 raise ValueError(
                     f"{who} cannot see how {path} of shape {shape} is used: its layer is none of "
-                    f"Flax's own. Say it with rules={{{path!r}: sn_jax.Matrix(in_axes, "
-                    "out_axes)}, or leave it alone with None for the view."
+                    "Flax's own, or stacked by a transformation. Say it with "
+                    f"rules={{{path!r}: sn_jax.Matrix(in_axes, out_axes)}}, or leave it alone "
+                    "with None for the view."
                 )
         if view is not None:
             resolved[path] = view

@@ -60,6 +60,64 @@ def views_of(
     return found
 
 
+def split_arrays(*tree: Any) -> tuple[list[Any], Callable[[list[Any]], Any]]:
+    """The arrays (or ShapeDtypeStructs) in a call's arguments, and a function that puts others
+    in their place: flags and strings are not traced."""
+    leaves, treedef = jax.tree_util.tree_flatten(tree)
+    is_array = [hasattr(leaf, "shape") and hasattr(leaf, "dtype") for leaf in leaves]
+
+    def rebuild(arrays):
+        arrays = iter(arrays)
+        merged = [
+            next(arrays) if array else leaf for leaf, array in zip(leaves, is_array, strict=True)
+        ]
+        return treedef.unflatten(merged)
+
+    return [leaf for leaf, array in zip(leaves, is_array, strict=True) if array], rebuild
+
+
+# Views of the layers that both Flaxes have, from attributes that both name alike.
+
+
+def conv_view(layer: Any, input_shape: tuple[int, ...] | None, conv: str, *, transpose: bool):
+    """View of a Conv or ConvTranspose layer's kernel, on inputs of the given spatial size.
+
+    ``conv="reshape"`` is the paper's: taps and input channels by output channels.
+    """
+    kernel_size = layer.kernel_size
+    n = 1 if isinstance(kernel_size, int) else len(kernel_size)
+    swapped = transpose and layer.transpose_kernel
+    if conv == "reshape":
+        return Matrix((*range(n), n + swapped), n + 1 - swapped)
+    if conv != "operator":
+        raise ValueError(f'conv must be "reshape" or "operator"; got {conv!r}.')
+    options = {
+        "input_shape": input_shape,
+        "strides": layer.strides or 1,
+        "padding": layer.padding,
+        "kernel_dilation": layer.kernel_dilation or 1,
+    }
+    if transpose:
+        return Conv(**options, transpose=True, transpose_kernel=layer.transpose_kernel)
+    return Conv(
+        **options,
+        input_dilation=layer.input_dilation or 1,
+        feature_group_count=layer.feature_group_count,
+    )
+
+
+def einsum_view(einsum_str: str | None) -> Matrix | None:
+    """View of an Einsum layer's kernel, the second operand; None where it is no single matrix."""
+    if not einsum_str:
+        return None
+    inputs, _, output = einsum_str.replace(" ", "").partition("->")
+    x, _, kernel = inputs.partition(",")
+    ins = tuple(i for i, axis in enumerate(kernel) if axis in x and axis not in output)
+    outs = tuple(i for i, axis in enumerate(kernel) if axis not in x and axis in output)
+    summed_alone = any(axis not in x and axis not in output for axis in kernel)
+    return None if summed_alone or "." in kernel or not ins or not outs else Matrix(ins, outs)
+
+
 # What becomes of an array: (path, original axis of each of its axes), or None if it is no
 # parameter. Axes that are gone were scanned or indexed over: batch.
 _Source = tuple[str, tuple[int, ...]] | None

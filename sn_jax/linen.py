@@ -14,7 +14,7 @@ from flax.linen.linear import ConvLocal
 from flax.linen.recurrent import DenseParams
 
 from sn_jax import _core, _trace
-from sn_jax._views import Conv, Matrix, View
+from sn_jax._views import Matrix, View
 
 ConvView = Literal["reshape", "operator"]
 
@@ -69,8 +69,7 @@ def views(
 
 def _traced(module, variables, args, kwargs, conv, rngs, method):
     """path -> the views under which the model uses that parameter."""
-    leaves, treedef = jax.tree_util.tree_flatten((args, kwargs))
-    is_array = [hasattr(leaf, "shape") and hasattr(leaf, "dtype") for leaf in leaves]
+    arrays, rebuild = _trace.split_arrays(args, kwargs)
 
     def tagged(next_fun, args, kwargs, context):
         layer = context.module
@@ -81,10 +80,7 @@ def _traced(module, variables, args, kwargs, conv, rngs, method):
         return next_fun(*args, **kwargs)
 
     def apply(params, arrays, others):
-        arrays = iter(arrays)
-        rest = iter(leaf for leaf, array in zip(leaves, is_array, strict=True) if not array)
-        merged = [next(arrays) if array else next(rest) for array in is_array]
-        args, kwargs = treedef.unflatten(merged)
+        args, kwargs = rebuild(arrays)
         params = traverse_util.unflatten_dict(params, sep="/")
         with nn.intercept_methods(tagged):
             return module.apply(
@@ -94,7 +90,6 @@ def _traced(module, variables, args, kwargs, conv, rngs, method):
 
     params = traverse_util.flatten_dict(variables["params"], sep="/")
     others = {name: value for name, value in variables.items() if name != "params"}
-    arrays = [leaf for leaf, array in zip(leaves, is_array, strict=True) if array]
     return _trace.views_of(apply, params, arrays, others)
 
 
@@ -125,40 +120,16 @@ def _dense_general(layer, x, conv):
     return Matrix(ins, tuple(range(n_batch + n_in, n_batch + n_in + n_out)))
 
 
-def _einsum(layer, x, conv):
-    if not layer.einsum_str:
-        return None
-    inputs, _, output = layer.einsum_str.replace(" ", "").partition("->")
-    x_axes, _, kernel = inputs.partition(",")
-    ins = tuple(i for i, a in enumerate(kernel) if a in x_axes and a not in output)
-    outs = tuple(i for i, a in enumerate(kernel) if a not in x_axes and a in output)
-    summed_alone = any(a not in x_axes and a not in output for a in kernel)
-    return None if summed_alone or "." in kernel or not ins or not outs else Matrix(ins, outs)
-
-
 def _convolution(layer, x, conv):
-    spatial = layer.kernel_size if isinstance(layer.kernel_size, tuple | list) else (0,)
-    n = len(spatial)
-    transpose = isinstance(layer, nn.ConvTranspose)
-    swapped = transpose and layer.transpose_kernel
-    if conv == "reshape":
-        return Matrix((*range(n), n + swapped), n + 1 - swapped)
-    options = {
-        "input_shape": x.shape[-n - 1 : -1],
-        "strides": layer.strides or 1,
-        "padding": layer.padding,
-        "kernel_dilation": layer.kernel_dilation or 1,
-    }
-    if transpose:
-        return Conv(**options, transpose=True, transpose_kernel=layer.transpose_kernel)
-    groups = layer.feature_group_count
-    return Conv(**options, input_dilation=layer.input_dilation or 1, feature_group_count=groups)
+    n = 1 if isinstance(layer.kernel_size, int) else len(layer.kernel_size)
+    size = tuple(x.shape[-n - 1 : -1])
+    return _trace.conv_view(layer, size, conv, transpose=isinstance(layer, nn.ConvTranspose))
 
 
 _ADAPTERS = {
     nn.Dense: ("kernel", _dense),
     nn.DenseGeneral: ("kernel", _dense_general),
-    nn.Einsum: ("kernel", _einsum),
+    nn.Einsum: ("kernel", lambda layer, x, conv: _trace.einsum_view(layer.einsum_str)),
     nn.Embed: ("embedding", _dense),
     DenseParams: ("kernel", _dense),
     ConvLocal: ("kernel", lambda layer, x, conv: None),  # one kernel per pixel: no single view
