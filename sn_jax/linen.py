@@ -183,14 +183,14 @@ def bake(
 
     with nn.intercept_methods(baking):
         _, updates = module.apply(
-            variables, *args, rngs=rngs, method=method, mutable=["params"], **kwargs
+            variables, *args, rngs=rngs, method=method, mutable=True, **kwargs
         )
     if not wrappers:
         raise ValueError(
             f"bake found no sn_jax.linen.SpectralNorm in this call of {type(module).__name__}: "
             "give the arguments (and method) with which the wrapped layers are used."
         )
-    baked = {**variables, **updates}
+    baked = {**variables, "params": updates["params"]}
     for name in baked:
         flat = traverse_util.flatten_dict(baked[name])
         flat = {_without_wrappers(key, name, wrappers): value for key, value in flat.items()}

@@ -1,0 +1,284 @@
+"""sn_jax.linen around and inside every kind of model: views, lifted transforms, bake."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import sn_jax
+from sn_jax.linen import SpectralNorm, bake, views
+
+pytestmark = pytest.mark.float32
+KEY = jax.random.key(0)
+X = np.random.default_rng(0).standard_normal((2, 5, 8)).astype(np.float32)
+IMAGES = np.random.default_rng(1).standard_normal((2, 6, 6, 4)).astype(np.float32)
+CARRY = np.ones((2, 4), np.float32)
+FLAT = sn_jax.Matrix((0, 1, 2), 3)
+
+
+class Block(nn.Module):
+    @nn.compact
+    def __call__(self, x, _):
+        return nn.Dense(8)(x), None
+
+
+class Custom(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return x @ self.param("kernel", nn.initializers.normal(1.0), (8, 3))
+
+
+def scanned(block, axis=0, collections=("params",)):
+    axes = dict.fromkeys(collections, axis)
+    return nn.scan(block, variable_axes=axes, split_rngs={"params": True}, length=5)()
+
+
+QUERY = sn_jax.Matrix(0, (1, 2))
+# name: (layer, arguments, {path: shape of u})
+LAYERS = {
+    "dense": (nn.Dense(4), (X,), {"kernel": (1, 4)}),
+    "general": (nn.DenseGeneral((2, 3)), (X,), {"kernel": (1, 2, 3)}),
+    "general-batched": (nn.DenseGeneral(4, batch_dims=(0,)), (X,), {"kernel": (2, 1, 4)}),
+    "einsum": (nn.Einsum((8, 2, 3), "bti,ihd->bthd"), (X,), {"kernel": (1, 2, 3)}),
+    "conv": (nn.Conv(6, (3, 3), strides=2, feature_group_count=2), (IMAGES,), {"kernel": (1, 6)}),
+    "conv-1d": (nn.Conv(6, 3, padding="CAUSAL"), (X,), {"kernel": (1, 6)}),
+    "conv-3d": (nn.Conv(5, (2, 2, 2)), (IMAGES[:, None],), {"kernel": (1, 5)}),
+    "conv-transpose": (nn.ConvTranspose(5, (3, 3)), (IMAGES,), {"kernel": (1, 5)}),
+    "embed": (nn.Embed(10, 4), (np.array([1, 2]),), {"embedding": (1, 4)}),
+    "attention": (nn.MultiHeadDotProductAttention(2), (X,), {
+        "key/kernel": (1, 2, 4), "query/kernel": (1, 2, 4), "value/kernel": (1, 2, 4),
+        "out/kernel": (1, 8)}),
+    "sequential": (nn.Sequential([nn.Dense(4), nn.relu, nn.Dense(3)]), (X,),
+                   {"layers_0/kernel": (1, 4), "layers_2/kernel": (1, 3)}),
+    "gru": (nn.GRUCell(4), (CARRY, X[:, 0]), {
+        f"{name}/kernel": (1, 4) for name in ("hn", "hr", "hz", "in", "ir", "iz")}),
+    "lstm": (nn.OptimizedLSTMCell(4), ((CARRY, CARRY), X[:, 0]), {
+        f"{side}{gate}/kernel": (1, 4) for side in "hi" for gate in "fgio"}),
+    "rnn": (nn.RNN(nn.SimpleCell(4)), (X,), {"cell/h/kernel": (1, 4), "cell/i/kernel": (1, 4)}),
+    "scan": (scanned(Block, axis=1), (X, None), {"Dense_0/kernel": (5, 1, 8)}),
+    "custom": (Custom(), (X,), {"kernel": (1, 3)}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_wrapped_layer_and_its_baked_twin(name):
+    layer, args, shapes = LAYERS[name]
+    model = SpectralNorm(layer)
+    variables = model.init(KEY, *args)
+    _, updates = jax.jit(lambda v, a: model.apply(v, *a, mutable=["batch_stats"]))(variables, args)
+    got = {key.removeprefix("layer_instance/").removesuffix("/u"): value.shape
+           for key, value in updates["batch_stats"].items() if key.endswith("/u")}  # fmt: skip
+    assert got == shapes
+    plain = bake(model, variables, *args)
+    assert set(plain) == {"params"}
+    close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)  # noqa: E731
+    jax.tree.map(close, layer.apply(plain, *args), model.apply(variables, *args))
+
+
+class Everything(nn.Module):
+    @nn.compact
+    def __call__(self, x, train=False):
+        x = nn.Conv(4, (3, 3), strides=2, padding="CIRCULAR")(x)
+        x = nn.BatchNorm(use_running_average=not train)(x)
+        x = nn.Dropout(0.5, deterministic=not train)(x)
+        x = nn.ConvTranspose(4, (3, 3), (2, 2), transpose_kernel=True)(x)
+        x = nn.MultiHeadDotProductAttention(2)(x.reshape(len(x), -1, 4))
+        x = x + self.param("position", nn.initializers.normal(1.0), x.shape[1:])
+        x, _ = scanned(nn.remat(Block), axis=1)(nn.Dense(8)(x), None)
+        ensemble = nn.vmap(
+            nn.Dense, in_axes=None, out_axes=0, axis_size=3, variable_axes={"params": 0},
+            split_rngs={"params": True},
+        )  # fmt: skip
+        return nn.jit(nn.Dense)(2)(ensemble(4)(x))
+
+
+def test_views_of_a_whole_model():
+    model = Everything()
+    variables = model.init(KEY, IMAGES)
+    rngs = {"dropout": KEY}
+    attention = {f"MultiHeadDotProductAttention_0/{name}/kernel": QUERY
+                 for name in ("query", "key", "value")}  # fmt: skip
+    expected = {
+        "Conv_0/kernel": FLAT,
+        "ConvTranspose_0/kernel": sn_jax.Matrix((0, 1, 3), 2),
+        **attention,
+        "MultiHeadDotProductAttention_0/out/kernel": sn_jax.Matrix((0, 1), 2),
+        "Dense_0/kernel": sn_jax.Matrix(0, 1),
+        "ScanCheckpointBlock_0/Dense_0/kernel": sn_jax.Matrix(0, 2),
+        "VmapDense_0/kernel": sn_jax.Matrix(1, 2),
+        "JitDense_0/kernel": sn_jax.Matrix(0, 1),
+    }
+    found = views(model, variables, IMAGES, train=True, rngs=rngs)
+    assert found == expected
+    assert views(model, jax.eval_shape(lambda: variables), IMAGES) == expected
+    operators = views(model, variables, IMAGES, conv="operator")
+    assert operators["Conv_0/kernel"] == sn_jax.Conv((6, 6), 2, "CIRCULAR")
+    assert operators["ConvTranspose_0/kernel"] == sn_jax.Conv(
+        (3, 3), 2, transpose=True, transpose_kernel=True
+    )
+    state = sn_jax.init(variables["params"], KEY, operators)
+    assert {path: s.sigma.shape for path, s in state.items() if s.sigma.shape} == {
+        "ScanCheckpointBlock_0/Dense_0/kernel": (5,), "VmapDense_0/kernel": (3,)
+    }  # fmt: skip
+    normalized, _ = sn_jax.spectral_normalize(variables["params"], state)
+    assert model.apply({**variables, "params": normalized}, IMAGES).shape == (3, 2, 36, 2)
+    rules = {r"Multi.*/(query|key|value)/kernel": sn_jax.Matrix(0, 2), r"Dense_0/.*": None}
+    per_head = views(model, variables, IMAGES, rules=rules)
+    assert per_head["MultiHeadDotProductAttention_0/key/kernel"] == sn_jax.Matrix(0, 2)
+    assert "Dense_0/kernel" not in per_head
+
+
+def test_views_say_what_they_cannot_see():
+    model = Custom()
+    variables = model.init(KEY, X)
+    with pytest.raises(ValueError, match=r"cannot see how kernel of shape \(8, 3\).*rules="):
+        views(model, variables, X)
+    assert views(model, variables, X, rules={"kernel": sn_jax.Matrix()}) == {
+        "kernel": sn_jax.Matrix()
+    }
+
+    class TwoSizes(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            conv = nn.Conv(4, (3, 3))
+            return conv(conv(x)[:, ::2])
+
+    model = TwoSizes()
+    variables = model.init(KEY, IMAGES)
+    assert views(model, variables, IMAGES) == {"Conv_0/kernel": FLAT}
+    with pytest.raises(ValueError, match=r"Conv_0/kernel.*acts in 2 ways.*Conv"):
+        views(model, variables, IMAGES, conv="operator")
+
+    class Tied(nn.Module):
+        @nn.compact
+        def __call__(self, tokens):
+            embed = nn.Embed(10, 4)
+            return embed.attend(embed(tokens))
+
+    model = Tied()
+    tokens = np.array([1, 2])
+    assert list(views(model, model.init(KEY, tokens), tokens)) == ["Embed_0/embedding"]
+
+
+def ensemble_of(wrapper):
+    class Critic(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return nn.Dense(1)(nn.relu(wrapper(nn.Dense(16))(x)))
+
+    return Critic
+
+
+def test_stateless_ensemble_of_critics_has_parameters_only():
+    def stateless(layer):
+        return SpectralNorm(layer, stateless=True, n_steps=60)
+
+    critics = nn.vmap(
+        ensemble_of(stateless), variable_axes={"params": 0}, split_rngs={"params": True},
+        in_axes=None, out_axes=0, axis_size=4,
+    )()  # fmt: skip
+    variables = critics.init(KEY, X)
+    assert set(variables) == {"params"}
+    baked = bake(critics, variables, X)
+    (kernel,) = (w for w in jax.tree.leaves(baked) if w.shape == (4, 8, 16))
+    np.testing.assert_allclose(np.linalg.norm(kernel, 2, (1, 2)), 1, rtol=1e-3)
+    grads = jax.grad(lambda p: critics.apply({"params": p}, X).sum())(variables["params"])
+    assert all(np.isfinite(g).all() for g in jax.tree.leaves(grads))
+
+
+@pytest.mark.parametrize("lift", ["jit", "remat", "vmap", "scan"])
+def test_wrapper_inside_lifted_transforms(lift):
+    class Wrapped(nn.Module):
+        @nn.compact
+        def __call__(self, x, _):
+            return SpectralNorm(nn.Dense(8))(x), None
+
+    def lifted(block):
+        if lift == "scan":
+            return scanned(block, collections=("params", "batch_stats"))
+        if lift == "vmap":
+            return nn.vmap(
+                block, in_axes=None, out_axes=0, axis_size=3,
+                variable_axes={"params": 0, "batch_stats": 0}, split_rngs={"params": True},
+            )()  # fmt: skip
+        return (nn.jit if lift == "jit" else nn.remat)(block)()
+
+    model, plain = lifted(Wrapped), lifted(Block)
+    variables = model.init(KEY, X, None)
+    _, updates = model.apply(variables, X, None, mutable=["batch_stats"])
+    u = updates["batch_stats"]["SpectralNorm_0"]["Dense_0/kernel/u"]
+    assert u.shape == {"scan": (5, 1, 8), "vmap": (3, 1, 8)}.get(lift, (1, 8))
+    baked = bake(model, variables, X, None)
+    expected = model.apply(variables, X, None)[0]
+    np.testing.assert_allclose(plain.apply(baked, X, None)[0], expected, rtol=1e-5, atol=1e-6)
+
+    def loss(params):
+        return model.apply({**variables, "params": params}, X, None)[0].sum()
+
+    grads = jax.grad(loss)(variables["params"])
+    assert np.any(grads["Dense_0"]["kernel"] != 0)
+
+
+def test_inner_state_still_updates_and_shared_wrappers_bake():
+    class Inner(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return nn.BatchNorm(use_running_average=False)(nn.Dense(8)(x))
+
+    class Shared(nn.Module):
+        def setup(self):
+            self.layer = SpectralNorm(Inner())
+
+        def __call__(self, x):
+            return self.layer(self.layer(x))
+
+    class Plain(nn.Module):
+        def setup(self):
+            self.layer = Inner()
+
+        def __call__(self, x):
+            return self.layer(self.layer(x))
+
+    model = Shared()
+    variables = model.init(KEY, X)
+    _, updates = model.apply(variables, X, mutable=["batch_stats"])
+    mean = updates["batch_stats"]["layer"]["layer_instance"]["BatchNorm_0"]["mean"]
+    assert np.any(mean != 0)
+    baked = bake(model, variables, X)
+    got, _ = Plain().apply(baked, X, mutable=["batch_stats"])
+    # In training mode the second call of the wrapper starts from the u of the first, so sigma
+    # differs by what one more step adds.
+    expected, _ = model.apply(variables, X, mutable=["batch_stats"])
+    np.testing.assert_allclose(got, expected, rtol=0.02, atol=0.02)
+    assert list(baked["batch_stats"]["layer"]) == ["BatchNorm_0"]
+
+
+def test_operator_convolutions_in_the_wrapper():
+    layer = nn.Conv(6, (3, 3), strides=2)
+    model = SpectralNorm(layer, conv="operator", warmup=200)
+    variables = model.init(KEY, IMAGES)
+    assert variables["batch_stats"]["layer_instance/kernel/u"].shape == (1, 3, 3, 6)
+    plain = bake(model, variables, IMAGES)
+    apply = lambda x: layer.apply(plain, x[None])[0].ravel()  # noqa: E731
+    jacobian = jax.jacobian(apply)(IMAGES[0]).reshape(54, -1)
+    np.testing.assert_allclose(np.linalg.norm(jacobian, 2), 1, rtol=1e-3)
+
+
+def test_bad_use():
+    x = X
+    with pytest.raises(ValueError, match="wrap a layer once"):
+        SpectralNorm(SpectralNorm(nn.Dense(4))).init(KEY, x)
+    model = SpectralNorm(nn.Dense(4))
+    variables = model.init(KEY, x)
+    with pytest.raises(ValueError, match="no 'batch_stats' for Dense"):
+        model.apply({"params": variables["params"]}, x)
+    with pytest.raises(ValueError, match="stateless"):
+        SpectralNorm(nn.Dense(4), stateless=True).init_with_output(KEY, x, update_stats=True)
+    with pytest.raises(ValueError, match=r"bake found no sn_jax.linen.SpectralNorm.*Dense"):
+        bake(nn.Dense(4), {"params": variables["params"]["layer_instance"]}, x)
+    other = SpectralNorm(nn.Dense(7)).init(KEY, x)
+    with pytest.raises(ValueError, match="the state holds"):
+        model.apply({**variables, "batch_stats": other["batch_stats"]}, x)
+    broken = jax.tree.map(lambda p: p.at[..., 0].set(jnp.nan), variables["params"])
+    assert np.isnan(model.apply({**variables, "params": broken}, x)).all()
