@@ -50,7 +50,9 @@ def from_torch(
     ``bias``. The parameters are the raw ones; the state has an entry for each weight that torch
     normalizes, so ``spectral_normalize(params, state, n_steps=0)`` divides as torch does in
     eval, for both. In train mode the first iterates ``v``, then ``u``, as ``n_steps=1`` does; the
-    second ``u``, then ``v``: its sigma lies between ours of that step and the next.
+    second ``u``, then ``v``: its sigma lies between ours of that step and the next. (Before
+    training, the first has random vectors and may divide by a negative number; sigma is
+    ``|W v|`` here where ``<u, W v> <= 0``.)
 
     ============== =========================== ==========================
     torch          weight                      flax
@@ -84,8 +86,9 @@ def from_torch(
         ``Matrix`` is also the view of the entry in the state. Otherwise that is the matrix which
         torch flattens to, also for a ``Conv``, of whose operator torch has no vectors.
       names: torch's module -> Flax module, such as ``{"main.0": "Conv_0"}``. Modules it does not
-        name are matched in order of appearance; siblings with numbers (``Conv_2``, ``Conv_10``)
-        in the order of these.
+        name are matched in order of appearance, which in Flax is that of the first calls. Where
+        jit or eval_shape have sorted the keys, siblings with numbers are matched in the order of
+        these (``Conv_2`` before ``Conv_10``), and others by ``names``.
 
     Returns:
       (params, State): parameters like ``template``; sigma in the state is ``<u, W v>``.
@@ -149,8 +152,7 @@ def to_torch(
       views, names: as for ``from_torch``.
 
     Returns:
-      dict: the keys of ``template`` -> NumPy arrays of its dtypes (float32 for bfloat16), to be
-      copied (``torch.from_numpy`` shares memory).
+      dict: the keys of ``template`` -> NumPy arrays of its dtypes (float32 for bfloat16).
 
     Raises:
       ValueError: as ``from_torch``; the state has an entry too many or too few.
@@ -501,7 +503,7 @@ def _flax_modules(tree) -> dict[str, dict[str, Any]]:
             f"The Flax parameters must be nested dicts, as variables['params'] are; got "
             f"{type(tree).__name__}."
         )
-    modules = {}
+    modules, order_lost = {}, _sorted(tree)
 
     def walk(tree, path):
         leaves = {str(name): x for name, x in tree.items() if not isinstance(x, Mapping)}
@@ -513,14 +515,15 @@ def _flax_modules(tree) -> dict[str, dict[str, Any]]:
                 )
         if leaves:
             modules[path] = leaves
-        for name in _natural([name for name, x in tree.items() if isinstance(x, Mapping)]):
+        names = [name for name, x in tree.items() if isinstance(x, Mapping)]
+        for name in _by_number(names) if order_lost else names:
             walk(tree[name], _joined(path, name))
 
     walk(tree, "")
     return modules
 
 
-def _natural(names: list) -> list:
+def _by_number(names: list) -> list:
     """Names in their order, but those that differ by their last number in the order of that."""
     stems: dict[str, list] = {}
     for name in names:
@@ -555,7 +558,6 @@ def _paired(torch_modules, flax_modules, tree, names) -> dict[str, str]:
             "differs."
         )
     if _sorted(tree):
-        # jax.jit and jax.tree.map return dicts with sorted keys.
         shapes = {path: {k: tuple(x.shape) for k, x in flax_modules[path].items()}
                   for path in targets}  # fmt: skip
         for a, b in combinations(targets, 2):
@@ -570,6 +572,7 @@ def _paired(torch_modules, flax_modules, tree, names) -> dict[str, str]:
 
 
 def _sorted(tree) -> bool:
+    """Whether the keys may have been sorted: jax.jit and jax.tree.map return dicts so."""
     names = [str(name) for name in tree]
     return names == sorted(names) and all(
         _sorted(x) for x in tree.values() if isinstance(x, Mapping)

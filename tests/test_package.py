@@ -23,6 +23,9 @@ LAYERS = {
     "_core": {"_views", "_power"},
     "_trace": {"_views"},
     "linen": {"_views", "_core", "_trace"},
+    "nnx": {"_views", "_core", "_trace"},
+    "transforms": {"_views", "_power", "_core"},
+    "convert": {"_views", "_power", "_core"},
     "__init__": {"_views", "_power", "_core"},
 }
 PUBLIC = [getattr(sn_jax, name) for name in sn_jax.__all__ if name not in ("State", "Rules")]

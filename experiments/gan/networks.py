@@ -1,13 +1,15 @@
-"""The paper's standard CNN (Miyato et al. 2018, table 3), for any square image size."""
+"""The paper's standard CNN (Miyato et al. 2018, table 3), for any square image size.
+
+Initialized as Flax does by default, with a variance of 1 / fan-in. The authors' N(0, 0.02^2)
+suits their width of 64: at width 16 it leaves a discriminator that is not normalized with hardly
+any signal, which would flatter spectral normalization (it does not depend on the scale).
+"""
 
 import math
 
 import jax.numpy as jnp
 from flax import linen as nn
 from jax import Array
-
-# The authors initialize every kernel with N(0, 0.02^2).
-_kernel_init = nn.initializers.normal(0.02)
 
 
 def n_stages(size: int) -> int:
@@ -20,11 +22,11 @@ def n_stages(size: int) -> int:
     Raises:
       ValueError: the size is below 4, or cannot be halved that often.
     """
-    stages = min(3, int(math.log2(size / 4)) + 1) if size >= 4 else 0
-    if stages == 0 or size % 2**stages:
+    stages = min(3, int(math.log2(size / 4)) + 1) if size >= 4 else 1
+    if size < 4 or size % 2**stages:
         raise ValueError(
-            f"The standard CNN cannot make images of {size}x{size} pixels: "
-            "the size must be 4 or a multiple of 8; pad or resize the images."
+            f"The standard CNN does not fit images of {size}x{size} pixels: pad or resize them "
+            f"to at least 4, to a multiple of {2**stages}."
         )
     return stages
 
@@ -45,13 +47,14 @@ class Generator(nn.Module):
         stages = n_stages(self.size)
         start = self.size // 2**stages
         features = self.width * 2**stages
-        x = nn.Dense(start * start * features, kernel_init=_kernel_init)(z)
+        x = nn.Dense(start * start * features)(z)
         x = x.reshape(-1, start, start, features)
         for _ in range(stages):
             features //= 2
-            x = nn.ConvTranspose(features, (4, 4), (2, 2), kernel_init=_kernel_init)(x)
+            # No bias: the normalization would take it away again.
+            x = nn.ConvTranspose(features, (4, 4), (2, 2), use_bias=False)(x)
             x = nn.relu(nn.BatchNorm(use_running_average=not train, momentum=0.9)(x))
-        return jnp.tanh(nn.Conv(self.channels, (3, 3), kernel_init=_kernel_init)(x))
+        return jnp.tanh(nn.Conv(self.channels, (3, 3))(x))
 
 
 class Discriminator(nn.Module):
@@ -68,8 +71,8 @@ class Discriminator(nn.Module):
         features = self.width
         for _ in range(n_stages(x.shape[-2])):
             for kernel, stride in [(3, 1), (4, 2)]:
-                conv = nn.Conv(features, (kernel,) * 2, (stride,) * 2, kernel_init=_kernel_init)
+                conv = nn.Conv(features, (kernel,) * 2, (stride,) * 2)
                 x = nn.leaky_relu(conv(x), 0.1)
             features *= 2
-        x = nn.leaky_relu(nn.Conv(features, (3, 3), kernel_init=_kernel_init)(x), 0.1)
-        return nn.Dense(1, kernel_init=_kernel_init)(x.reshape(len(x), -1))[:, 0]
+        x = nn.leaky_relu(nn.Conv(features, (3, 3))(x), 0.1)
+        return nn.Dense(1)(x.reshape(len(x), -1))[:, 0]

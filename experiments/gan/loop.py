@@ -1,0 +1,229 @@
+"""How a run is carried out and kept: the loop, its metrics and its checkpoints."""
+
+import hashlib
+import json
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+from jax import Array
+from tqdm import tqdm
+
+from experiments.gan.train import Config, State, Training, make_training
+
+
+class UserError(Exception):
+    """What the user can put right: one sentence that says what is wrong and what to do."""
+
+
+def train(config: Config, images: np.ndarray) -> tuple[Training, State]:
+    """Train from the output folder's last checkpoint, or from the start if it has none.
+
+    Writes metrics.jsonl and checkpoints to the output folder. Killed at any moment and called
+    again, it ends in exactly the state of a run that was never stopped.
+
+    Args:
+      config: the run.
+      images: uint8, (n, size, size, channels).
+
+    Returns:
+      The run's functions and its last state.
+
+    Raises:
+      UserError: a damaged checkpoint, one from beyond ``config.steps``, a loss or weight that is
+        not finite.
+      KeyboardInterrupt: on Ctrl-C, after saving a checkpoint; its text says which.
+    """
+    training = make_training(config, images.shape[1:])
+    images = jnp.asarray(images)
+    # One step a dispatch on a CPU, where XLA's convolutions are many times slower inside a
+    # compiled loop; on an accelerator all the steps up to the next thing to write.
+    scan = jax.default_backend() != "cpu"
+
+    with _checkpoints(config.out) as manager, _deferred_interrupt() as interrupt:
+        if manager.latest_step() is None:
+            state = training.init(jax.random.key(config.seed))
+        else:
+            state = _restore(config, manager, training)
+        step = int(state.step)
+        rows = _keep_rows(config.out, step)
+        seconds = rows[-1]["seconds"] if rows else 0.0
+        row_step, row_time = step, time.perf_counter()
+        bar = tqdm(initial=step, total=config.steps, unit="step", disable=not config.progress)
+        bar.set_postfix_str("compiling")
+        with (config.out / "metrics.jsonl").open("a") as metrics, bar:
+            while step < config.steps:
+                row_at = _next_multiple(step, config.log_every)
+                save_at = _next_multiple(step, config.checkpoint_every)
+                stop = min(row_at, save_at, config.steps) if scan else step + 1
+                state, losses = training.step(state, images, stop - step)
+                bar.update(stop - step)
+                step = stop
+                if step in (row_at, config.steps):
+                    row = {"step": step} | _measure(training, state, losses)
+                    now = time.perf_counter()
+                    seconds += now - row_time
+                    speed = (step - row_step) / (now - row_time)
+                    row |= {"seconds": round(seconds, 3), "steps_per_second": round(speed, 2)}
+                    row_step, row_time = step, now
+                    # Before the checkpoint, so that no row of a checkpoint's past is ever missing.
+                    metrics.write(json.dumps(row, allow_nan=False) + "\n")
+                    metrics.flush()
+                    bar.set_postfix_str(_postfix(row))
+                if step in (save_at, config.steps) or interrupt.is_set():
+                    _save(config.out, manager, state)
+                if interrupt.is_set():
+                    raise KeyboardInterrupt(f"step {step} of {config.steps} is saved")
+    return training, state
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace a file as a whole: a kill leaves the old one or the new one, never half of it."""
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(text)
+    os.replace(partial, path)
+
+
+def read_json(path: Path) -> Any:
+    """Raises UserError if the file is not whole."""
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise UserError(f"{path} is damaged ({error}): give another --out.") from error
+
+
+def read_rows(out: Path) -> list[dict[str, Any]]:
+    """The rows of metrics.jsonl; a last one that a kill cut short is left out."""
+    rows = []
+    path = out / "metrics.jsonl"
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return rows
+
+
+# --- Metrics --------------------------------------------------------------------------------
+
+
+def _next_multiple(step: int, every: int) -> int:
+    return (step // every + 1) * every
+
+
+def _keep_rows(out: Path, step: int) -> list[dict[str, Any]]:
+    """Drop the rows beyond a checkpoint: its run writes them again."""
+    rows = [row for row in read_rows(out) if row["step"] <= step]
+    write_text(out / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    return rows
+
+
+def _measure(training: Training, state: State, losses: dict[str, Array]) -> dict[str, Any]:
+    """The losses, and for every layer the two norms of the paper's fig. 9.
+
+    ``sigma_hat`` is the method's estimate of the raw kernel's norm; ``sigma_bar`` the true norm
+    of the kernel that the network runs with, by SVD.
+    """
+    losses, (estimates, kernels) = jax.device_get((losses, training.spectra(state)))
+    if not all(np.isfinite(x).all() for x in [*losses.values(), *kernels.values()]):
+        raise UserError(
+            f"Training diverged before step {state.step}: a loss or weight is not finite. "
+            "Start again in another --out with a setting of smaller learning rate, such as A or B."
+        )
+    matrices = {path: w.reshape(-1, w.shape[-1]) for path, w in kernels.items()}
+    return {name: float(loss) for name, loss in losses.items()} | {
+        "sigma_hat": {path: float(sigma) for path, sigma in estimates.items()},
+        "sigma_bar": {path: float(np.linalg.norm(w, 2)) for path, w in matrices.items()},
+    }
+
+
+def _postfix(row: dict[str, Any]) -> str:
+    text = f"D {row['loss_d']:.3f}, G {row['loss_g']:.3f}"
+    if row["sigma_hat"]:
+        sigmas = row["sigma_hat"].values()
+        text += f", sigma {min(sigmas):.2f} to {max(sigmas):.2f}"
+    return text
+
+
+# --- Checkpoints and interrupts ---------------------------------------------------------------
+
+
+@contextmanager
+def _deferred_interrupt() -> Iterator[threading.Event]:
+    """Ctrl-C sets the event, so that the step is finished and saved; a second one ends at once."""
+    event = threading.Event()
+
+    def handle(signum, frame):
+        event.set()
+        signal.signal(signal.SIGINT, previous)
+
+    previous = signal.signal(signal.SIGINT, handle)
+    try:
+        yield event
+    finally:
+        signal.signal(signal.SIGINT, previous)
+
+
+def _checkpoints(out: Path) -> ocp.CheckpointManager:
+    # Not asynchronous: a checkpoint is complete when the loop goes on.
+    options = ocp.CheckpointManagerOptions(
+        max_to_keep=2, enable_async_checkpointing=False, cleanup_tmp_directories=True
+    )
+    return ocp.CheckpointManager((out / "checkpoints").resolve(), options=options)
+
+
+def _save(out: Path, manager: ocp.CheckpointManager, state: State) -> None:
+    manager.save(int(state.step), args=ocp.args.StandardSave(state))
+    checksums = {}
+    for step in manager.all_steps():
+        checksums |= _checksums(out, step)
+    write_text(out / "checksums.json", json.dumps(checksums, indent=2))
+
+
+def _checksums(out: Path, step: int) -> dict[str, str]:
+    files = sorted(path for path in _folder(out, step).rglob("*") if path.is_file())
+    return {str(p.relative_to(out)): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
+
+
+def _folder(out: Path, step: int) -> Path:
+    return out / "checkpoints" / str(step)
+
+
+def _restore(config: Config, manager: ocp.CheckpointManager, training: Training) -> State:
+    """The last checkpoint."""
+    out, step = config.out, manager.latest_step()
+    if step > config.steps:
+        raise UserError(
+            f"{out} is already trained to step {step}: "
+            f"pass --steps {step} or more, or another --out."
+        )
+    folder = _folder(out, step)
+    previous = max((other for other in manager.all_steps() if other != step), default=0)
+    remedy = f"move {folder} away to continue from step {previous}"
+    # Orbax does not notice changed bytes, and reports a cut file at great length. A checkpoint
+    # without checksums (the run was killed in between) is complete all the same.
+    path = out / "checksums.json"
+    recorded = read_json(path) if path.exists() else {}
+    present = _checksums(out, step)
+    for name, checksum in recorded.items():
+        if folder in (out / name).parents and present.get(name) != checksum:
+            raise UserError(f"{out / name} is damaged: {remedy}.")
+    place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    structure = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
+        jax.eval_shape(training.init, jax.random.key(config.seed)),
+    )
+    try:
+        return manager.restore(step, args=ocp.args.StandardRestore(structure))
+    except Exception as error:  # of many types: JSON's, orbax's, tensorstore's
+        reason = str(error).partition("\n")[0][:200]
+        raise UserError(f"{folder} cannot be read ({reason}): {remedy}.") from error
