@@ -3,7 +3,10 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 
-.PHONY: demo test lint clean
+# PyTorch is large: a CPU build that is at hand can be named here.
+TORCH ?= torch
+
+.PHONY: demo test test-torch lint clean
 
 ## Train an SN-GAN on handwritten digits; prints where the pictures are.
 demo: $(VENV)/.experiments
@@ -13,9 +16,17 @@ demo: $(VENV)/.experiments
 test: $(VENV)/.test
 	$(RUN) -m pytest -n 2 --dist loadgroup
 
+## Checkpoint conversion against the live PyTorch (its recorded outputs are in make test).
+test-torch: $(VENV)/.test $(VENV)/.installed-torch
+	$(RUN) -m pytest tests/test_torch_live.py
+
 lint: $(VENV)/.test
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
+
+$(VENV)/.installed-torch: $(VENV)/.test
+	$(RUN) -m pip install --quiet --disable-pip-version-check '$(TORCH)'
+	touch $@
 
 # One stamp per extra, renewed when the metadata change.
 $(VENV)/.%: setup.cfg pyproject.toml

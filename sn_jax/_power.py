@@ -40,7 +40,7 @@ def as_steps(n_steps: int | Array) -> int | Array:
             raise TypeError(
                 f"n_steps must be an integer scalar; got {n_steps.dtype} of shape {n_steps.shape}."
             )
-        if isinstance(n_steps, jax.core.Tracer) or n_steps >= 0:
+        if isinstance(n_steps, jax.core.Tracer) or int(n_steps) >= 0:
             return n_steps
     else:
         try:

@@ -68,12 +68,30 @@ def matrix_case(name, in_axes, out_axes, shape) -> Case:
     return Case(name, sn_jax.Matrix(in_axes, out_axes), shape, to_dense, from_dense)
 
 
+def conv_matrix(w: np.ndarray, size: tuple[int, int], stride: int) -> np.ndarray:
+    """(out, in) matrix of a SAME-padded 2-D convolution, pixel by pixel as XLA pads it."""
+    kh, kw, cin, cout = w.shape
+    outs = [-(-n // stride) for n in size]
+    lows = [max((o - 1) * stride + k - n, 0) // 2
+            for o, k, n in zip(outs, (kh, kw), size, strict=True)]  # fmt: skip
+    matrix = np.zeros((*outs, cout, *size, cin))
+    for y, x, a, b in np.ndindex(*outs, kh, kw):
+        i, j = y * stride + a - lows[0], x * stride + b - lows[1]
+        if 0 <= i < size[0] and 0 <= j < size[1]:
+            matrix[y, x, :, i, j, :] += w[a, b].T
+    return matrix.reshape(int(np.prod(outs)) * cout, -1)
+
+
+def conv_case(name, shape, size, stride) -> Case:
+    view = sn_jax.Conv(size, stride)
+    return Case(name, view, shape, lambda w: conv_matrix(w, size, stride))
+
+
 CASES = [
     matrix_case("dense", -2, -1, (12, 7)),
-    matrix_case("flattened-conv", (0, 1, 2), 3, (3, 3, 4, 9)),
-    matrix_case("attention-query", 0, (1, 2), (10, 2, 4)),
     matrix_case("per-head", 0, 2, (10, 3, 5)),
     matrix_case("scanned-heads-out", (1, 2), 3, (2, 3, 4, 9)),
+    conv_case("conv-operator", (3, 3, 2, 3), (5, 4), 2),
 ]
 
 

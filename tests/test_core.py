@@ -155,7 +155,7 @@ def test_rules_match_in_full_and_the_first_wins():
     rules = {r"b/.*": None, r".*/kernel": Matrix(1, 0), r".*": Matrix()}
     state = sn_jax.init(params, KEY, rules)
     assert {path: s.view for path, s in state.items()} == {"a/kernel": Matrix(1, 0)}
-    with pytest.raises(ValueError, match="No parameter to normalize.*a/kernel"):
+    with pytest.raises(ValueError, match=r"No parameter to normalize.*a/kernel"):
         sn_jax.init(params, KEY, {"kernel": Matrix()})
 
 
@@ -296,9 +296,15 @@ BAD_STATES = {
         {"x": {"kernel": jnp.ones((5, 3, 2))}}, lambda s: s,
         ValueError, r"x/kernel has shape \(5, 3, 2\)",
     ),
-    "vector": ({"x": {"kernel": jnp.ones(3)}}, lambda s: s, ValueError, r"x/kernel of shape \(3,\)"),
-    "integers": ({"x": {"kernel": jnp.ones((3, 2), int)}}, lambda s: s, TypeError, "x/kernel.*int64"),
-    "complex": ({"x": {"kernel": W.astype(complex)}}, lambda s: s, TypeError, "x/kernel.*complex128"),
+    "vector": (
+        {"x": {"kernel": jnp.ones(3)}}, lambda s: s, ValueError, r"x/kernel of shape \(3,\)",
+    ),
+    "integers": (
+        {"x": {"kernel": jnp.ones((3, 2), int)}}, lambda s: s, TypeError, "x/kernel.*int64",
+    ),
+    "complex": (
+        {"x": {"kernel": W.astype(complex)}}, lambda s: s, TypeError, "x/kernel.*complex128",
+    ),
     "not an array": ({"x": {"kernel": "abc"}}, lambda s: s, TypeError, "x/kernel is a str"),
     "swapped": ({"x": {"kernel": W}}, lambda s: [s], TypeError, r"The order is \(params, state\)"),
 }  # fmt: skip
@@ -317,7 +323,8 @@ def test_states_that_do_not_fit(name):
 
 BAD_CALLS = {
     "overlap": (lambda: sn_jax.init({"w": W}, KEY, {"w": Matrix(0, -2)}), "names an axis twice"),
-    "out of range": (lambda: sn_jax.init({"w": W}, KEY, {"w": Matrix(0, 2)}), r"w of shape.*axis 2"),
+    "out of range": (lambda: sn_jax.init({"w": W}, KEY, {"w": Matrix(0, 2)}),
+                     r"w of shape.*axis 2"),
     "repeated": (lambda: Matrix((0, 0), 1), "each axis once"),
     "no axes": (lambda: Matrix((), 1), "at least one axis"),
     "axis type": (lambda: Matrix("a", 1), "axes are integers"),
