@@ -38,8 +38,7 @@ def test_scale_multiplies_each_batch_element(case):
     )
 
 
-@pytest.mark.parametrize("gap", [0.1, 0.01])
-@pytest.mark.parametrize("k", [1, 3])
+@pytest.mark.parametrize(("gap", "k"), [(0.1, 1), (0.01, 3)])
 def test_sigma_converges_to_the_svd(case, gap, k):
     w = jnp.asarray(case.weights(1, gap))
     state = sn_jax.calibrate({"w": w}, state_of(case, w, warmup=1, n_vectors=k), rtol=1e-7)
@@ -212,8 +211,10 @@ def test_nothing_leaks_or_compiles_twice(case):
     assert not compiled
 
 
-@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16, F32, F64])
-@pytest.mark.parametrize("mode", ["divide", "clip"])
+@pytest.mark.parametrize(
+    ("dtype", "mode"),
+    [(jnp.float16, "divide"), (jnp.bfloat16, "clip"), (F32, "divide"), (F64, "clip")],
+)
 def test_dtype_and_structure_are_kept(case, dtype, mode):
     w = jnp.asarray(case.weights(14), dtype)
     params = {"w": w, "bias": jnp.ones(3, dtype), "step": 7}
@@ -252,8 +253,7 @@ def test_scale_invariance(case, k):
         np.testing.assert_allclose(scaled_grad, grad, rtol=2e-3, atol=2e-5)
 
 
-@pytest.mark.parametrize("k", [1, 2])
-@pytest.mark.parametrize("mode", ["divide", "clip"])
+@pytest.mark.parametrize(("k", "mode"), [(1, "divide"), (2, "clip")])
 def test_zero_gives_zero_finite_gradients_and_recovers(case, k, mode):
     zero = jnp.zeros(case.shape, F32)
     state = state_of(case, zero, n_vectors=k)
@@ -271,9 +271,9 @@ def test_zero_gives_zero_finite_gradients_and_recovers(case, k, mode):
     np.testing.assert_allclose(state["w"].sigma, case.norms(w), rtol=1e-4)
 
 
-@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
-@pytest.mark.parametrize("k", [1, 2])
-@pytest.mark.parametrize("mode", ["divide", "clip"])
+@pytest.mark.parametrize(
+    ("bad", "k", "mode"), [(np.nan, 1, "clip"), (np.inf, 1, "divide"), (-np.inf, 2, "clip")]
+)
 def test_non_finite_weights_are_not_hidden_and_recover(case, bad, k, mode):
     w = jnp.asarray(case.weights(17), F32)
     state = state_of(case, w, n_vectors=k)

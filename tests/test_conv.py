@@ -36,7 +36,7 @@ def assert_same_map(layer, view, channels):
     np.testing.assert_allclose(jnp.sum(got * y), jnp.sum(back * x[0]), atol=1e-9)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(st.data())
 def test_it_is_the_map_of_flax_conv(data):
     n = data.draw(st.sampled_from([1, 1, 2, 2, 3]))
@@ -53,7 +53,7 @@ def test_it_is_the_map_of_flax_conv(data):
     assert_same_map(layer, view, 2)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(st.data())
 def test_it_is_the_map_of_flax_conv_transpose(data):
     n = data.draw(st.sampled_from([1, 2]))

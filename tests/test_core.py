@@ -235,7 +235,7 @@ def test_power_iteration_compiles_once_for_a_partial():
     assert not compiled
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(st.data())
 def test_matrix_equals_numpy_for_any_axes(data):
     ndim = data.draw(st.integers(2, 5))
@@ -263,7 +263,7 @@ def test_matrix_equals_numpy_for_any_axes(data):
     )
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(
     m=st.sampled_from([1, 2, 9]),
     n=st.sampled_from([1, 3, 8]),

@@ -1,5 +1,7 @@
 """sn_jax.linen around and inside every kind of model: views, lifted transforms, bake."""
 
+from functools import partial
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -65,15 +67,15 @@ LAYERS = {
 def test_wrapped_layer_and_its_baked_twin(name):
     layer, args, shapes = LAYERS[name]
     model = SpectralNorm(layer)
-    variables = model.init(KEY, *args)
+    variables = jax.jit(model.init)(KEY, *args)
     _, updates = jax.jit(lambda v, a: model.apply(v, *a, mutable=["batch_stats"]))(variables, args)
     got = {key.removeprefix("layer_instance/").removesuffix("/u"): value.shape
            for key, value in updates["batch_stats"].items() if key.endswith("/u")}  # fmt: skip
     assert got == shapes
-    plain = bake(model, variables, *args)
+    plain = jax.jit(lambda v, a: bake(model, v, *a))(variables, args)
     assert set(plain) == {"params"}
     close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)  # noqa: E731
-    jax.tree.map(close, layer.apply(plain, *args), model.apply(variables, *args))
+    jax.tree.map(close, jax.jit(layer.apply)(plain, *args), jax.jit(model.apply)(variables, *args))
 
 
 class Everything(nn.Module):
@@ -95,7 +97,7 @@ class Everything(nn.Module):
 
 def test_views_of_a_whole_model():
     model = Everything()
-    variables = model.init(KEY, IMAGES)
+    variables = jax.jit(model.init)(KEY, IMAGES)
     rngs = {"dropout": KEY}
     attention = {f"MultiHeadDotProductAttention_0/{name}/kernel": QUERY
                  for name in ("query", "key", "value")}  # fmt: skip
@@ -178,12 +180,12 @@ def test_stateless_ensemble_of_critics_has_parameters_only():
         ensemble_of(stateless), variable_axes={"params": 0}, split_rngs={"params": True},
         in_axes=None, out_axes=0, axis_size=4,
     )()  # fmt: skip
-    variables = critics.init(KEY, X)
+    variables = jax.jit(critics.init)(KEY, X)
     assert set(variables) == {"params"}
-    baked = bake(critics, variables, X)
+    baked = jax.jit(lambda v: bake(critics, v, X))(variables)
     (kernel,) = (w for w in jax.tree.leaves(baked) if w.shape == (4, 8, 16))
     np.testing.assert_allclose(np.linalg.norm(kernel, 2, (1, 2)), 1, rtol=1e-3)
-    grads = jax.grad(lambda p: critics.apply({"params": p}, X).sum())(variables["params"])
+    grads = jax.jit(jax.grad(lambda p: critics.apply({"params": p}, X).sum()))(variables["params"])
     assert all(np.isfinite(g).all() for g in jax.tree.leaves(grads))
 
 
@@ -205,18 +207,18 @@ def test_wrapper_inside_lifted_transforms(lift):
         return (nn.jit if lift == "jit" else nn.remat)(block)()
 
     model, plain = lifted(Wrapped), lifted(Block)
-    variables = model.init(KEY, X, None)
-    _, updates = model.apply(variables, X, None, mutable=["batch_stats"])
+    variables = jax.jit(model.init)(KEY, X, None)
+    _, updates = jax.jit(partial(model.apply, mutable=["batch_stats"]))(variables, X, None)
     u = updates["batch_stats"]["SpectralNorm_0"]["Dense_0/kernel/u"]
     assert u.shape == {"scan": (5, 1, 8), "vmap": (3, 1, 8)}.get(lift, (1, 8))
-    baked = bake(model, variables, X, None)
-    expected = model.apply(variables, X, None)[0]
+    baked = jax.jit(lambda v: bake(model, v, X, None))(variables)
+    expected = jax.jit(model.apply)(variables, X, None)[0]
     np.testing.assert_allclose(plain.apply(baked, X, None)[0], expected, rtol=1e-5, atol=1e-6)
 
     def loss(params):
         return model.apply({**variables, "params": params}, X, None)[0].sum()
 
-    grads = jax.grad(loss)(variables["params"])
+    grads = jax.jit(jax.grad(loss))(variables["params"])
     assert np.any(grads["Dense_0"]["kernel"] != 0)
 
 
@@ -252,6 +254,19 @@ def test_inner_state_still_updates_and_shared_wrappers_bake():
     expected, _ = model.apply(variables, X, mutable=["batch_stats"])
     np.testing.assert_allclose(got, expected, rtol=0.02, atol=0.02)
     assert list(baked["batch_stats"]["layer"]) == ["BatchNorm_0"]
+
+
+def test_rules_and_more_vectors_in_the_wrapper():
+    attention = nn.MultiHeadDotProductAttention(2)
+    rules = {r"(query|key|value)/kernel": sn_jax.Matrix(0, 2), r"out/.*": None}
+    model = SpectralNorm(attention, rules=rules, n_vectors=3, warmup=60)
+    variables = model.init(KEY, X)
+    shapes = jax.tree.map(jnp.shape, variables["batch_stats"])
+    assert shapes["layer_instance/query/kernel/u"] == (2, 3, 4)  # heads, vectors, dim
+    assert shapes["layer_instance/query/kernel/sigma"] == (2,)
+    assert not any("out" in name for name in shapes)
+    kernel = bake(model, variables, X)["params"]["query"]["kernel"]
+    np.testing.assert_allclose(np.linalg.norm(kernel.swapaxes(0, 1), 2, (1, 2)), 1, rtol=1e-4)
 
 
 def test_operator_convolutions_in_the_wrapper():

@@ -220,6 +220,35 @@ def test_vmap_ensembles_remat_and_gradients_of_the_input():
     np.testing.assert_allclose(grad[0], bake(layer).kernel[...][:, 0], rtol=1e-5)
 
 
+def test_scan_over_a_stack_of_wrapped_layers():
+    @nnx.split_rngs(splits=4)
+    @nnx.vmap(in_axes=(0,), out_axes=0)
+    def stack(rngs):
+        return SpectralNorm(nnx.Linear(8, 8, rngs=rngs), rngs=rngs, warmup=2)
+
+    layers = stack(nnx.Rngs(0))
+    members = [nnx.merge(*(lambda g, s: (g, jax.tree.map(lambda x, i=i: x[i], s)))(
+        *nnx.split(layers))) for i in range(4)]  # fmt: skip
+
+    @nnx.scan(in_axes=(nnx.Carry, 0), out_axes=nnx.Carry)
+    def forward(x, layer):
+        return jnp.tanh(layer(x))
+
+    grads = nnx.grad(lambda m: forward(X, m).sum())(layers)  # one update of each layer
+    y = X
+    for layer in members:
+        y = jnp.tanh(layer(y))
+    stacked = jnp.stack([layer.batch_stats["kernel"]["u"][...] for layer in members])
+    np.testing.assert_allclose(layers.batch_stats["kernel"]["u"][...], stacked, atol=1e-6)
+    layers.eval()
+    y = X
+    for layer in members:
+        layer.eval()
+        y = jnp.tanh(layer(y))
+    np.testing.assert_allclose(forward(X, layers), y, atol=1e-6)
+    assert np.all(np.any(grads["layer_instance"]["kernel"][...] != 0, axis=(1, 2)))
+
+
 def test_pure_dict_and_orbax_round_trips(tmp_path):
     layer = SpectralNorm(nnx.Sequential(nnx.Linear(8, 4, rngs=nnx.Rngs(0))), rngs=nnx.Rngs(0))
     expected = layer(X)
