@@ -329,7 +329,7 @@ def last_checkpoint(out):
     import orbax.checkpoint as ocp
 
     with ocp.StandardCheckpointer() as checkpointer:
-        tree = checkpointer.restore((out / "checkpoints" / f"{STEPS}" / "default").resolve())
+        tree = checkpointer.restore((out / "checkpoints" / f"{STEPS}" / "state").resolve())
     return {jax.tree_util.keystr(path): x for path, x in jax.tree_util.tree_leaves_with_path(tree)}
 
 
@@ -551,9 +551,21 @@ def test_a_truncated_checkpoint_is_named_and_kept(capsys, truncated, start, tmp_
     assert [row["step"] for row in loop.read_rows(out)][-2:] == [STEPS + 1, STEPS + 5]
 
 
-def test_a_truncated_checkpoint_without_checksums(capsys, truncated):
+def test_a_checkpoint_without_checksums_is_damaged(capsys, truncated):
     out, newest, _ = truncated
-    (out / "checksums.json").unlink()
+    (newest / "checksums.json").write_text("{")
+    line = refused(capsys, *RUN, "--out", out, "--resume")
+    assert f"{newest / 'checksums.json'} is damaged: move {newest} away" in line
+
+
+def test_a_checkpoint_of_another_program_is_named_and_kept(capsys, truncated):
+    import orbax.checkpoint as ocp
+
+    out, newest, _ = truncated
+    shutil.rmtree(newest)
+    with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
+        checkpointer.save(newest / "state", args=ocp.args.StandardSave({"x": jnp.zeros(3)}))
+    (newest / "checksums.json").write_text("{}")
     before = fingerprint(out / "checkpoints")
     assert f"{newest} cannot be read (" in refused(capsys, *RUN, "--out", out, "--resume")
     assert fingerprint(out / "checkpoints") == before

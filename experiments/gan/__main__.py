@@ -4,7 +4,6 @@ import contextlib
 import importlib.metadata
 import io
 import json
-import logging
 import os
 import platform
 import re
@@ -30,8 +29,6 @@ def main(args: list[str] | None = None) -> int:
     """Returns the exit code: 0, 2 for what the user can put right, 130 after Ctrl-C."""
     args = sys.argv[1:] if args is None else args
     start = time.perf_counter()
-    # Orbax warns of the halves that a kill leaves behind, which it deals with by itself.
-    logging.getLogger("absl").setLevel(logging.ERROR)
     try:
         config = parse(args)
         summary = open_folder(config) or run(config, start)

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import shutil
 import signal
 import threading
 import time
@@ -49,11 +50,11 @@ def train(config: Config, images: np.ndarray) -> tuple[Training, State]:
     # compiled loop; on an accelerator all the steps up to the next thing to write.
     scan = jax.default_backend() != "cpu"
 
-    with _checkpoints(config.out) as manager, _deferred_interrupt() as interrupt:
-        if manager.latest_step() is None:
-            state = training.init(jax.random.key(config.seed))
+    with _deferred_interrupt() as interrupt:
+        if _saved_steps(config.out):
+            state = _restore(config, training)
         else:
-            state = _restore(config, manager, training)
+            state = training.init(jax.random.key(config.seed))
         step = int(state.step)
         rows = _keep_rows(config.out, step)
         seconds = rows[-1]["seconds"] if rows else 0.0
@@ -80,7 +81,7 @@ def train(config: Config, images: np.ndarray) -> tuple[Training, State]:
                     metrics.flush()
                     bar.set_postfix_str(_postfix(row))
                 if step in (save_at, config.steps) or interrupt.is_set():
-                    _save(config.out, manager, state)
+                    _save(config.out, state)
                 if interrupt.is_set():
                     raise KeyboardInterrupt(f"step {step} of {config.steps} is saved")
     return training, state
@@ -173,57 +174,61 @@ def _deferred_interrupt() -> Iterator[threading.Event]:
         signal.signal(signal.SIGINT, previous)
 
 
-def _checkpoints(out: Path) -> ocp.CheckpointManager:
-    # Not asynchronous: a checkpoint is complete when the loop goes on.
-    options = ocp.CheckpointManagerOptions(
-        max_to_keep=2, enable_async_checkpointing=False, cleanup_tmp_directories=True
-    )
-    return ocp.CheckpointManager((out / "checkpoints").resolve(), options=options)
-
-
-def _save(out: Path, manager: ocp.CheckpointManager, state: State) -> None:
-    manager.save(int(state.step), args=ocp.args.StandardSave(state))
-    checksums = {}
-    for step in manager.all_steps():
-        checksums |= _checksums(out, step)
-    write_text(out / "checksums.json", json.dumps(checksums, indent=2))
-
-
-def _checksums(out: Path, step: int) -> dict[str, str]:
-    files = sorted(path for path in _folder(out, step).rglob("*") if path.is_file())
-    return {str(p.relative_to(out)): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
+def _saved_steps(out: Path) -> list[int]:
+    """The steps of the complete checkpoints, from the first to the last."""
+    names = [path.name for path in (out / "checkpoints").glob("*")]
+    return sorted(int(name) for name in names if name.isdigit())
 
 
 def _folder(out: Path, step: int) -> Path:
-    return out / "checkpoints" / str(step)
+    return (out / "checkpoints" / str(step)).absolute()  # as orbax demands
 
 
-def _restore(config: Config, manager: ocp.CheckpointManager, training: Training) -> State:
+def _save(out: Path, state: State) -> None:
+    """Write a checkpoint that is there as a whole or not at all; keep it and the one before."""
+    folder = _folder(out, int(state.step))
+    partial = folder.with_name(".partial")
+    shutil.rmtree(partial, ignore_errors=True)  # what a kill has left
+    with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
+        checkpointer.save(partial / "state", args=ocp.args.StandardSave(state))
+    write_text(partial / "checksums.json", json.dumps(_checksums(partial), indent=2))
+    partial.rename(folder)
+    for step in _saved_steps(out)[:-2]:
+        shutil.rmtree(_folder(out, step))
+
+
+def _checksums(folder: Path) -> dict[str, str]:
+    files = sorted(path for path in (folder / "state").rglob("*") if path.is_file())
+    return {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
+
+
+def _restore(config: Config, training: Training) -> State:
     """The last checkpoint."""
-    out, step = config.out, manager.latest_step()
+    *before, step = _saved_steps(config.out)
     if step > config.steps:
         raise UserError(
-            f"{out} is already trained to step {step}: "
+            f"{config.out} is already trained to step {step}: "
             f"pass --steps {step} or more, or another --out."
         )
-    folder = _folder(out, step)
-    previous = max((other for other in manager.all_steps() if other != step), default=0)
-    remedy = f"move {folder} away to continue from step {previous}"
-    # Orbax does not notice changed bytes, and reports a cut file at great length. A checkpoint
-    # without checksums (the run was killed in between) is complete all the same.
-    path = out / "checksums.json"
-    recorded = read_json(path) if path.exists() else {}
-    present = _checksums(out, step)
+    folder = _folder(config.out, step)
+    remedy = f"move {folder} away to continue from step {max(before, default=0)}"
+    # Orbax does not notice changed bytes, and says that a file is cut in a hundred tracebacks.
+    try:
+        recorded = json.loads((folder / "checksums.json").read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{folder / 'checksums.json'} is damaged: {remedy}.") from error
+    present = _checksums(folder)
     for name, checksum in recorded.items():
-        if folder in (out / name).parents and present.get(name) != checksum:
-            raise UserError(f"{out / name} is damaged: {remedy}.")
+        if present.get(name) != checksum:
+            raise UserError(f"{folder / name} is damaged: {remedy}.")
     place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     structure = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
         jax.eval_shape(training.init, jax.random.key(config.seed)),
     )
     try:
-        return manager.restore(step, args=ocp.args.StandardRestore(structure))
-    except Exception as error:  # of many types: JSON's, orbax's, tensorstore's
+        with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
+            return checkpointer.restore(folder / "state", args=ocp.args.StandardRestore(structure))
+    except ValueError as error:  # whole, but of another version of this program or of orbax
         reason = str(error).partition("\n")[0][:200]
         raise UserError(f"{folder} cannot be read ({reason}): {remedy}.") from error
