@@ -156,15 +156,15 @@ def spectral_normalize(
         raise ValueError(f'gradient must be "through" or "stop"; got {gradient!r}.')
     n_steps = _power.as_steps(n_steps)
     static = n_steps if isinstance(n_steps, int) else None
-    weights = _weights_of(params, state)
-    bounds = _bounds_by_path(bound, state)
+    weights = weights_of(params, state)
+    bounds = bounds_by_path(bound, state)
     changed, new_state = {}, {}
     for path, w in weights.items():
         changed[path], new_state[path] = _normalize(
             w, state[path], bounds[path], n_steps if static is None else None,
             static_steps=static, mode=mode, gradient=gradient,
         )  # fmt: skip
-    return _with_leaves(params, changed), state if static == 0 else new_state
+    return with_leaves(params, changed), state if static == 0 else new_state
 
 
 def spectral_norms(params: Params, state: State) -> dict[str, Array]:
@@ -189,7 +189,7 @@ def spectral_norms(params: Params, state: State) -> dict[str, Array]:
       >>> print({path: round(float(sigma), 3) for path, sigma in norms.items()})
       {'kernel': 4.0}
     """
-    return {path: _norm(w, state[path]) for path, w in _weights_of(params, state).items()}
+    return {path: _norm(w, state[path]) for path, w in weights_of(params, state).items()}
 
 
 def calibrate(params: Params, state: State, *, rtol: float = 1e-3, max_steps: int = 1000) -> State:
@@ -222,7 +222,7 @@ def calibrate(params: Params, state: State, *, rtol: float = 1e-3, max_steps: in
     if not rtol > 0:
         raise ValueError(f"rtol must be > 0; got {rtol}.")
     max_steps = _power.as_steps(max_steps)
-    weights = _weights_of(params, state)
+    weights = weights_of(params, state)
     return {path: _calibrate(w, state[path], rtol, max_steps) for path, w in weights.items()}
 
 
@@ -355,7 +355,7 @@ def named_leaves(params: Params) -> dict[str, Any]:
     return leaves
 
 
-def _with_leaves(params: Params, changed: Mapping[str, Array]) -> Params:
+def with_leaves(params: Params, changed: Mapping[str, Array]) -> Params:
     paths, treedef = tree_flatten_with_path(params)
     return treedef.unflatten([changed.get(_path_name(path), leaf) for path, leaf in paths])
 
@@ -375,7 +375,7 @@ def _select(leaves: Mapping[str, Any], rules: Rules | None) -> dict[str, View]:
             else f"matched in full by one of {list(rules)}"
         )
         raise ValueError(
-            f"No parameter to normalize: none is {wanted}. The paths are: {_listed(leaves)}. "
+            f"No parameter to normalize: none is {wanted}. The paths are: {listed(leaves)}. "
             "Give rules that match some of them."
         )
     return selected
@@ -417,18 +417,13 @@ def resolve_views(
         view = view_of(path, unseen)
         if view is unseen:
             seen, shape = found.get(path, set()), jnp.shape(leaf)
-            # Which side is input does not matter: an embedding that is tied to the output.
-            if len({frozenset((v.in_axes, v.out_axes)) if isinstance(v, Matrix) else v
-                    for v in seen}) == 1:  # fmt: skip
-                view = min(seen, key=repr)
-            elif len(seen) > 1:
+            if len(seen) > 1:
                 raise ValueError(
                     f"{who}: {path} of shape {shape} acts in {len(seen)} ways "
                     f"({'; '.join(sorted(map(repr, seen)))}). Say which one to normalize with "
                     f"rules={{{path!r}: view}}, or leave it alone with None for the view."
                 )
-            else:
-                view = None
+            view = next(iter(seen), None)
             if view is None and path.rpartition("/")[2] in WEIGHT_NAMES and len(shape) >= 2:
                 raise ValueError(
                     f"{who} cannot see how {path} of shape {shape} is used: its layer is none of "
@@ -440,7 +435,7 @@ def resolve_views(
             resolved[path] = view
     if not resolved:
         raise ValueError(
-            f"{who} finds no kernel to normalize among {_listed(leaves)}: wrap or give a model "
+            f"{who} finds no kernel to normalize among {listed(leaves)}: wrap or give a model "
             "that has one, or name one by rules."
         )
     return resolved
@@ -484,13 +479,17 @@ def _checked_weight(path: str, w: Any, view: View) -> Array:
     return w
 
 
-def _weights_of(params: Params, state: State) -> dict[str, Array]:
-    """The leaves that ``state`` names, checked against its shapes."""
+def check_state(state: State, hint: str = "") -> None:
     if not isinstance(state, Mapping) or not all(isinstance(s, Singular) for s in state.values()):
         raise TypeError(
-            f"state must be what sn_jax.init returned (a dict path -> Singular); got "
-            f"{type(state).__name__}. The order is (params, state)."
+            "A state is what sn_jax.init returned (a dict path -> Singular); got "
+            f"{type(state).__name__}.{hint}"
         )
+
+
+def weights_of(params: Params, state: State) -> dict[str, Array]:
+    """The leaves that ``state`` names, checked against its shapes."""
+    check_state(state, " The order is (params, state).")
     leaves = named_leaves(params)
     weights = {}
     for path, singular in state.items():
@@ -500,7 +499,7 @@ def _weights_of(params: Params, state: State) -> dict[str, Array]:
             raise ValueError(
                 f"state has an entry {path!r}, but params have no such leaf{hint} "
                 f"Make the state with sn_jax.init from these parameters. They are: "
-                f"{_listed(leaves)}."
+                f"{listed(leaves)}."
             )
         w = _checked_weight(path, leaves[path], singular.view)
         batch, domain, codomain = _spaces(singular.view, w.shape)
@@ -517,15 +516,15 @@ def _weights_of(params: Params, state: State) -> dict[str, Array]:
     return weights
 
 
-def _bounds_by_path(bound: Bound, state: State) -> Mapping[str, float | Array]:
+def bounds_by_path(bound: Bound, state: State) -> Mapping[str, float | Array]:
     bounds = bound if isinstance(bound, Mapping) else dict.fromkeys(state, bound)
     if bounds.keys() != state.keys():
         missing = sorted(state.keys() - bounds.keys())
         unknown = sorted(bounds.keys() - state.keys())
         raise ValueError(
             "bound as a mapping needs exactly the paths of the state"
-            + (f"; missing: {_listed(missing)}" if missing else "")
-            + (f"; unknown: {_listed(unknown)}" if unknown else "")
+            + (f"; missing: {listed(missing)}" if missing else "")
+            + (f"; unknown: {listed(unknown)}" if unknown else "")
             + "."
         )
     for path, value in bounds.items():
@@ -538,7 +537,7 @@ def _bounds_by_path(bound: Bound, state: State) -> Mapping[str, float | Array]:
     return bounds
 
 
-def _listed(paths, most: int = 10) -> str:
+def listed(paths, most: int = 10) -> str:
     paths = list(paths)
     rest = f" and {len(paths) - most} more" if len(paths) > most else ""
     return (", ".join(paths[:most]) or "none") + rest

@@ -164,7 +164,7 @@ def to_torch(
              [2.],
              [3.]])
     """
-    _check_state(state)
+    _core.check_state(state)
     result = {key: _as_array(value) for key, value in template.items()}
     unused = dict(state)
 
@@ -194,7 +194,7 @@ def to_torch(
     if unused:
         raise ValueError(
             f"The state has entries that the torch model does not normalize: "
-            f"{_core._listed(unused)}. Leave them out, with the parameters normalized or raw as "
+            f"{_core.listed(unused)}. Leave them out, with the parameters normalized or raw as "
             "torch shall have them, or take the template from a model with spectral_norm there."
         )
     return result
@@ -222,7 +222,7 @@ def to_state_dict(state: State) -> dict[str, Any]:
       >>> plain["version"], plain["state"]["kernel"]["u"].shape
       (1, (1, 3))
     """
-    _check_state(state)
+    _core.check_state(state)
     entries = {path: {name: np.asarray(getattr(entry, name)) for name in _ARRAYS}
                for path, entry in state.items()}  # fmt: skip
     return {"version": VERSION, "state": entries}
@@ -251,7 +251,7 @@ def from_state_dict(d: Mapping[str, Any], template: State) -> State:
       >>> bool(jnp.all(again["kernel"].u == state["kernel"].u))
       True
     """
-    _check_state(template)
+    _core.check_state(template)
     if not isinstance(d, Mapping) or not {"version", "state"} <= d.keys():
         raise ValueError(
             "This is no result of sn_jax.convert.to_state_dict: that has the keys 'version' and "
@@ -267,8 +267,8 @@ def from_state_dict(d: Mapping[str, Any], template: State) -> State:
     if missing or unknown:
         raise ValueError(
             f"The stored state is of another model than the template. Only the template has: "
-            f"{_core._listed(sorted(missing))}; only the stored state has: "
-            f"{_core._listed(sorted(unknown))}. Make the template by sn_jax.init with the "
+            f"{_core.listed(sorted(missing))}; only the stored state has: "
+            f"{_core.listed(sorted(unknown))}. Make the template by sn_jax.init with the "
             "parameters and rules of the model that was saved."
         )
     state = {}
@@ -289,14 +289,6 @@ def from_state_dict(d: Mapping[str, Any], template: State) -> State:
 
 
 _ARRAYS = tuple(field.name for field in fields(Singular) if field.name != "view")
-
-
-def _check_state(state):
-    if not isinstance(state, Mapping) or not all(isinstance(s, Singular) for s in state.values()):
-        raise TypeError(
-            "A state is what sn_jax.init returned (a dict path -> Singular); got "
-            f"{type(state).__name__}."
-        )
 
 
 # One torch module matched with one Flax module.
@@ -488,7 +480,7 @@ def _torch_modules(state_dict) -> dict[str, dict[str, str]]:
         plain = fields.get("weight", "weight").rpartition(".")[2] == "weight"
         if {"u", "v"} & fields.keys() != (set() if plain else {"u", "v"}):
             raise ValueError(
-                f"Torch's module {module!r} has only {_core._listed(fields.values())}: a weight "
+                f"Torch's module {module!r} has only {_core.listed(fields.values())}: a weight "
                 "under spectral_norm comes with its u and v, and a plain one without. Other "
                 "parametrizations must be removed first "
                 "(torch.nn.utils.parametrize.remove_parametrizations)."
@@ -544,16 +536,16 @@ def _paired(torch_modules, flax_modules, tree, names) -> dict[str, str]:
         unknown = [name for name in given if name not in known]
         if unknown or len(set(given)) < len(given):
             raise ValueError(
-                f"names has {_core._listed(unknown or given)} for {side}, which "
+                f"names has {_core.listed(unknown or given)} for {side}, which "
                 + ("is no module there" if unknown else "names a module twice")
-                + f". The modules with parameters are: {_core._listed(known)}."
+                + f". The modules with parameters are: {_core.listed(known)}."
             )
     rest = [name for name in torch_modules if name not in names]
     targets = [path for path in flax_modules if path not in names.values()]
     if len(rest) != len(targets):
         raise ValueError(
-            f"Torch's state_dict has {len(rest)} modules with parameters ({_core._listed(rest)}), "
-            f"and the template has {len(targets)} ({_core._listed(targets)}). Each needs a "
+            f"Torch's state_dict has {len(rest)} modules with parameters ({_core.listed(rest)}), "
+            f"and the template has {len(targets)} ({_core.listed(targets)}). Each needs a "
             "partner: take out what is not in the other model, and give names= where their order "
             "differs."
         )

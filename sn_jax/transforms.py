@@ -91,7 +91,7 @@ def project_spectral_norm(
 
     def init(params):
         state = _core.init(params, key, rules)
-        _core._bounds_by_path(bound, state)
+        _core.bounds_by_path(bound, state)
         if not exact:
             # Parameters often begin far outside of the ball: so the first step lands on it.
             state = _core.calibrate(params, state, rtol=1e-2)
@@ -107,9 +107,9 @@ def project_spectral_norm(
         stepped = optax.apply_updates(params, updates)
         old, mid, us = (_core.named_leaves(tree) for tree in (params, stepped, updates))
         if exact:
-            bounds = _core._bounds_by_path(bound, state)
+            bounds = _core.bounds_by_path(bound, state)
             projected, new_state = {}, {}
-            for path, w in _core._weights_of(stepped, state).items():
+            for path, w in _core.weights_of(stepped, state).items():
                 view, eps = state[path].view, jnp.finfo(us[path].dtype).eps
                 projected[path], sigma = _project(w, old[path], bounds[path], eps, view=view)
                 new_state[path] = replace(state[path], sigma=sigma.astype(state[path].sigma.dtype))
@@ -120,7 +120,7 @@ def project_spectral_norm(
             projected = _core.named_leaves(tree)
         changed = {path: _difference(projected[path], mid[path], old[path], us[path])
                    for path in state}  # fmt: skip
-        return _core._with_leaves(updates, changed), ProjectSpectralNormState(new_state)
+        return _core.with_leaves(updates, changed), ProjectSpectralNormState(new_state)
 
     return optax.GradientTransformation(init, update)
 

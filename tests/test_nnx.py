@@ -197,13 +197,19 @@ def test_recurrent_cells_take_more_than_one_argument():
     assert {path for path, _ in cell.views} == {"dense_h/kernel", "dense_i/kernel"}
 
 
-def test_vmap_ensembles_remat_and_gradients_of_the_input():
-    @nnx.split_rngs(splits=3)
-    @nnx.vmap(in_axes=(0,), out_axes=0)
-    def ensemble(rngs):
-        return SpectralNorm(nnx.Linear(8, 4, rngs=rngs), rngs=rngs, warmup=60)
+def stacked(n, features, **options):
+    """n wrapped layers, made under nnx.vmap."""
 
-    members = ensemble(nnx.Rngs(0))
+    @nnx.split_rngs(splits=n)
+    @nnx.vmap(in_axes=(0,), out_axes=0)
+    def make(rngs):
+        return SpectralNorm(nnx.Linear(8, features, rngs=rngs), rngs=rngs, **options)
+
+    return make(nnx.Rngs(0))
+
+
+def test_vmap_ensembles_remat_and_gradients_of_the_input():
+    members = stacked(3, 4, warmup=60)
     y = nnx.vmap(lambda m, x: m(x), in_axes=(0, None))(members, X)
     assert y.shape == (3, 3, 4)
     kernels = np.asarray(members.layer_instance.kernel[...])
@@ -221,14 +227,9 @@ def test_vmap_ensembles_remat_and_gradients_of_the_input():
 
 
 def test_scan_over_a_stack_of_wrapped_layers():
-    @nnx.split_rngs(splits=4)
-    @nnx.vmap(in_axes=(0,), out_axes=0)
-    def stack(rngs):
-        return SpectralNorm(nnx.Linear(8, 8, rngs=rngs), rngs=rngs, warmup=2)
-
-    layers = stack(nnx.Rngs(0))
-    members = [nnx.merge(*(lambda g, s: (g, jax.tree.map(lambda x, i=i: x[i], s)))(
-        *nnx.split(layers))) for i in range(4)]  # fmt: skip
+    layers = stacked(4, 8, warmup=2)
+    graphdef, state = nnx.split(layers)
+    members = [nnx.merge(graphdef, jax.tree.map(lambda x, i=i: x[i], state)) for i in range(4)]
 
     @nnx.scan(in_axes=(nnx.Carry, 0), out_axes=nnx.Carry)
     def forward(x, layer):
@@ -238,8 +239,8 @@ def test_scan_over_a_stack_of_wrapped_layers():
     y = X
     for layer in members:
         y = jnp.tanh(layer(y))
-    stacked = jnp.stack([layer.batch_stats["kernel"]["u"][...] for layer in members])
-    np.testing.assert_allclose(layers.batch_stats["kernel"]["u"][...], stacked, atol=1e-6)
+    expected = jnp.stack([layer.batch_stats["kernel"]["u"][...] for layer in members])
+    np.testing.assert_allclose(layers.batch_stats["kernel"]["u"][...], expected, atol=1e-6)
     layers.eval()
     y = X
     for layer in members:
