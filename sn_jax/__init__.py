@@ -12,16 +12,23 @@ from sn_jax._core import init as init
 from sn_jax._core import spectral_normalize as spectral_normalize
 from sn_jax._core import spectral_norms as spectral_norms
 from sn_jax._core import spectral_penalty as spectral_penalty
+from sn_jax._norms import Bounds as Bounds
+from sn_jax._norms import gram_iteration as gram_iteration
+from sn_jax._norms import norm_bounds as norm_bounds
+from sn_jax._norms import spectral_norm as spectral_norm
 from sn_jax._power import PowerResult as PowerResult
 from sn_jax._power import power_iteration as power_iteration
 from sn_jax._views import Conv as Conv
+from sn_jax._views import Linear as Linear
 from sn_jax._views import Matrix as Matrix
 from sn_jax._views import View as View
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "Bounds",
     "Conv",
+    "Linear",
     "Matrix",
     "PowerResult",
     "Rules",
@@ -29,8 +36,11 @@ __all__ = [
     "State",
     "View",
     "calibrate",
+    "gram_iteration",
     "init",
+    "norm_bounds",
     "power_iteration",
+    "spectral_norm",
     "spectral_normalize",
     "spectral_norms",
     "spectral_penalty",

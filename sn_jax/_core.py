@@ -16,7 +16,7 @@ from jax import Array, lax
 from jax.tree_util import GetAttrKey, keystr, register_dataclass, tree_flatten_with_path
 
 from sn_jax import _power
-from sn_jax._views import Matrix, View, compute_dtype
+from sn_jax._views import Matrix, View, check_linear, compute_dtype
 
 Params = Any
 Rules = Mapping[str, View | None]
@@ -98,6 +98,10 @@ def init(
     state = {}
     for path, view in _select(leaves, rules).items():
         w = _checked_weight(path, leaves[path], view)
+        try:
+            check_linear(view, w, in_w=True)
+        except ValueError as error:
+            raise ValueError(f"{path} of shape {jnp.shape(w)}: {error}") from error
         seed = bits ^ np.uint32(zlib.crc32(path.encode()))
         state[path] = _start(w, seed, view=view, n_vectors=n_vectors, warmup=warmup)
     return state

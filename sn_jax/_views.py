@@ -1,8 +1,9 @@
 """Views: how a parameter acts as a linear map."""
 
 import operator
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
+from functools import lru_cache, partial
 from typing import Protocol, runtime_checkable
 
 import jax
@@ -92,7 +93,7 @@ class Matrix:
         for name in ("in_axes", "out_axes"):
             object.__setattr__(self, name, _as_axes(getattr(self, name), name))
 
-    def _groups(self, ndim: int) -> tuple[Shape, Shape, Shape]:
+    def axis_groups(self, ndim: int) -> tuple[Shape, Shape, Shape]:
         """(batch, in, out) axes of a kernel with ``ndim`` axes, each sorted and non-negative."""
         for axis in (*self.in_axes, *self.out_axes):
             if not -ndim <= axis < ndim:
@@ -112,22 +113,22 @@ class Matrix:
         return tuple(batch), tuple(ins), tuple(outs)
 
     def batch_shape(self, shape: Shape) -> Shape:
-        batch, _, _ = self._groups(len(shape))
+        batch, _, _ = self.axis_groups(len(shape))
         return tuple(shape[axis] for axis in batch)
 
     def domain(self, shape: Shape) -> Shape:
-        _, ins, _ = self._groups(len(shape))
+        _, ins, _ = self.axis_groups(len(shape))
         return tuple(shape[axis] for axis in ins)
 
     def matvec(self, w: Array, x: Array) -> Array:
-        batch, ins, _ = self._groups(w.ndim)
+        batch, ins, _ = self.axis_groups(w.ndim)
         x_batch = tuple(range(len(batch)))
         x_in = tuple(range(len(batch), x.ndim))
         dims = ((ins, x_in), (batch, x_batch))
         return lax.dot_general(w, x, dims, precision=lax.Precision.HIGHEST)
 
     def scale(self, w: Array, factor: Array) -> Array:
-        batch, _, _ = self._groups(w.ndim)
+        batch, _, _ = self.axis_groups(w.ndim)
         return _scale(w, factor, batch)
 
 
@@ -141,7 +142,7 @@ def _per_dimension(value, dimensions: int, name: str) -> Shape:
     return tuple(operator.index(v) for v in values)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Conv:
     """A convolution kernel as the operator that it is on images of a given size.
 
@@ -187,16 +188,27 @@ class Conv:
         n = len(size)
         if not 1 <= n <= 3:
             raise ValueError(f"Conv(input_shape={size}): give one to three spatial sizes.")
-        fields = {"input_shape": _per_dimension(size, n, "input_shape")}
+        plain = {"input_shape": _per_dimension(size, n, "input_shape")}
         for name in ("strides", "input_dilation", "kernel_dilation"):
-            fields[name] = _per_dimension(getattr(self, name), n, name)
-        fields["padding"] = self._padding(n)
+            plain[name] = _per_dimension(getattr(self, name), n, name)
+        plain["padding"] = self._padding(n)
         if self.batch_axes is not None:
-            fields["batch_axes"] = tuple(operator.index(axis) for axis in self.batch_axes)
-        for name, value in fields.items():
+            plain["batch_axes"] = tuple(operator.index(axis) for axis in self.batch_axes)
+        for name, value in plain.items():
             object.__setattr__(self, name, value)
         if self.transpose and (self.feature_group_count != 1 or set(self.input_dilation) != {1}):
             raise ValueError("Conv(transpose=True) has neither groups nor input_dilation.")
+
+    def __repr__(self):
+        # What is not by default: the views of a model are read by people.
+        n = len(self.input_shape)
+        options = {field: getattr(self, field.name) for field in fields(self)[1:]}
+        given = [
+            f"{field.name}={value!r}"
+            for field, value in options.items()
+            if value not in (field.default, (1,) * n)
+        ]
+        return f"Conv({', '.join([repr(self.input_shape), *given])})"
 
     def _padding(self, n: int):
         padding = self.padding
@@ -217,7 +229,7 @@ class Conv:
             )
         return tuple((operator.index(low), operator.index(high)) for low, high in pairs)
 
-    def _batch_axes(self, ndim: int) -> Shape:
+    def kernel_batch_axes(self, ndim: int) -> Shape:
         n_batch = ndim - len(self.input_shape) - 2
         axes = tuple(range(n_batch)) if self.batch_axes is None else self.batch_axes
         if n_batch < 0 or len(axes) != n_batch or not all(-ndim <= a < ndim for a in axes):
@@ -230,28 +242,44 @@ class Conv:
 
     def _split(self, shape: Shape) -> tuple[Shape, Shape]:
         """(batch shape, kernel shape)."""
-        batch = self._batch_axes(len(shape))
+        batch = self.kernel_batch_axes(len(shape))
         kernel = tuple(size for axis, size in enumerate(shape) if axis not in batch)
+        if kernel[-1] % self.feature_group_count:
+            raise ValueError(
+                f"{self}: {self.feature_group_count} groups do not divide the {kernel[-1]} output "
+                f"channels of a kernel {kernel}; its shape is (*spatial, in / groups, out)."
+            )
+        if 0 not in kernel and 0 in _output_shape(replace(self, batch_axes=()), kernel):
+            raise ValueError(
+                f"{self} leaves no output: a kernel of {kernel[: len(self.input_shape)]} does not "
+                "fit into the padded input. Give a larger input_shape, or padding."
+            )
         return tuple(shape[axis] for axis in batch), kernel
 
     def batch_shape(self, shape: Shape) -> Shape:
         return self._split(shape)[0]
 
     def domain(self, shape: Shape) -> Shape:
-        _, kernel = self._split(shape)
+        return self._domain(self._split(shape)[1])
+
+    def _domain(self, kernel: Shape) -> Shape:
         channels = kernel[-1 if self.transpose and self.transpose_kernel else -2]
         return (*self.input_shape, channels * self.feature_group_count)
 
     def matvec(self, w: Array, x: Array) -> Array:
-        batch = self._batch_axes(w.ndim)
+        batch = self.kernel_batch_axes(w.ndim)
         apply = self._transposed_map if self.transpose else self._map
         for axis in reversed(batch):  # the innermost vmap sees the last batch axis of both
             apply = jax.vmap(apply, in_axes=(axis - batch.index(axis), 0))
         return apply(w, x)
 
+    def reach(self, kernel_size: Shape) -> Shape:
+        """Pixels that a dilated kernel covers in each dimension, beyond one."""
+        return tuple((k - 1) * d for k, d in zip(kernel_size, self.kernel_dilation, strict=True))
+
     def _map(self, w: Array, x: Array) -> Array:
         n, padding = len(self.input_shape), self.padding
-        reach = [(k - 1) * d for k, d in zip(w.shape[:n], self.kernel_dilation, strict=True)]
+        reach = self.reach(w.shape[:n])
         if padding in ("CIRCULAR", "REFLECT"):
             mode = {"CIRCULAR": "wrap", "REFLECT": "reflect"}[padding]
             x = jnp.pad(x, [(r // 2, (r + 1) // 2) for r in reach] + [(0, 0)], mode=mode)
@@ -297,9 +325,134 @@ class Conv:
         return y
 
     def scale(self, w: Array, factor: Array) -> Array:
-        return _scale(w, factor, self._batch_axes(w.ndim))
+        return _scale(w, factor, self.kernel_batch_axes(w.ndim))
+
+
+@lru_cache(maxsize=1024)
+def _output_shape(view: Conv, kernel: Shape) -> Shape:
+    w, x = (jax.ShapeDtypeStruct(s, jnp.float32) for s in (kernel, view._domain(kernel)))
+    return jax.eval_shape(view.matvec, w, x).shape
 
 
 def _channels_last(dimensions: int) -> tuple[str, str, str]:
     spatial = "DHW"[-dimensions:]
     return f"N{spatial}C", f"{spatial}IO", f"N{spatial}C"
+
+
+@dataclass(frozen=True, init=False, repr=False)
+class Linear:
+    """Any function ``fn(w, x)`` that is linear in ``x``, as the map of a parameter ``w``.
+
+    For layers that are neither a matrix nor a convolution: Fourier operators, masked or
+    tied weights, products with constants. To be normalized it must be linear in ``w`` too, so
+    that ``W / sigma`` has norm 1.
+
+    ``fn`` is static: hashed, compared, and pickled by name. Define it at module level. A fresh
+    lambda is a new function each time: it compiles again, and does not pickle.
+
+    Args:
+      fn: ``fn(w, x) -> y``, arrays of any shape; written in JAX.
+      domain: shape of ``x``; an integer for a vector.
+
+    Raises:
+      TypeError: ``fn`` is no function, or ``domain`` not made of integers.
+      ValueError: a size is negative.
+
+    Example:
+      >>> def smooth(w, x):                     # a learned filter of a signal's spectrum
+      ...     return jnp.fft.irfft(w * jnp.fft.rfft(x), len(x))
+      >>> view = Linear(smooth, domain=8)
+      >>> view.domain((5,)), view.matvec(jnp.ones(5), jnp.ones(8)).shape
+      ((8,), (8,))
+    """
+
+    fn: Callable[[Array, Array], Array]
+    domain_shape: Shape
+
+    def __init__(self, fn: Callable[[Array, Array], Array], domain: int | Sequence[int]):
+        if not callable(fn):
+            raise TypeError(f"Linear(fn={fn!r}): give a function fn(w, x) that is linear in x.")
+        try:
+            sizes = tuple(domain) if isinstance(domain, Sequence) else (domain,)
+            sizes = tuple(operator.index(size) for size in sizes)
+        except TypeError:
+            raise TypeError(f"Linear(domain={domain!r}): give the shape of x.") from None
+        if any(size < 0 for size in sizes):
+            raise ValueError(f"Linear(domain={domain!r}): sizes are at least 0.")
+        object.__setattr__(self, "fn", fn)
+        object.__setattr__(self, "domain_shape", sizes)
+
+    def __repr__(self):
+        return f"Linear({_name(self.fn)}, domain={self.domain_shape})"
+
+    def batch_shape(self, shape: Shape) -> Shape:
+        return ()
+
+    def domain(self, shape: Shape) -> Shape:
+        return self.domain_shape
+
+    def matvec(self, w: Array, x: Array) -> Array:
+        return self.fn(w, x)
+
+    def scale(self, w: Array, factor: Array) -> Array:
+        return _scale(w, factor, ())
+
+
+def check_linear(view: View, w: Array, *, in_w: bool) -> None:
+    """Raise if the view's map of ``x`` is not linear, or (``in_w``) not linear in ``w``.
+
+    By its jaxpr, and where ``w`` is no tracer also by numbers: an affine map transposes well.
+    """
+    if isinstance(view, Matrix | Conv):
+        return
+    name = _name(getattr(view, "fn", view))
+    dtype = compute_dtype(w.dtype)
+    x = jax.ShapeDtypeStruct((*view.batch_shape(w.shape), *view.domain(w.shape)), dtype)
+    weight = jax.ShapeDtypeStruct(w.shape, dtype)
+    y = jax.eval_shape(view.matvec, weight, x)
+    if not hasattr(y, "shape"):
+        raise TypeError(f"{name} returns a {type(y).__name__}; a view's map returns one array.")
+    try:
+        jax.eval_shape(lambda w, y: jax.linear_transpose(partial(view.matvec, w), x)(y), weight, y)
+    except Exception as error:
+        raise ValueError(
+            f"{name} is not linear in x: it cannot be transposed ({_first_line(error)}). A view's "
+            "map must be; leave activations, biases and normalizations out of it."
+        ) from error
+    if isinstance(w, jax.core.Tracer):
+        return
+    defects = _defects(jnp.asarray(w, dtype), view=view)
+    for what, defect in zip(("x", "w"), defects, strict=True):
+        # Not finite: the weights are, or overflow; that is reported elsewhere.
+        if (what == "x" or in_w) and bool(defect > 1e-2):
+            raise ValueError(
+                f"{name} is not linear in {what}: f(0) is not 0, or f(2 a - 3 b) not "
+                "2 f(a) - 3 f(b). Leave biases and other constants out of it."
+            )
+
+
+@partial(jax.jit, static_argnames="view")
+def _defects(w: Array, *, view: View) -> Array:
+    """By how much the map fails to be linear in x, and in w, relative to its values."""
+    shape = (*view.batch_shape(w.shape), *view.domain(w.shape))
+    a, b = jax.random.normal(jax.random.key(0), (2, *shape), w.dtype)
+    other = jnp.flip(w) + jnp.mean(w)
+
+    def defect(f, a, b):
+        parts = 2 * f(a), 3 * f(b)
+        scale = sum(jnp.max(jnp.abs(part), initial=0) for part in parts)
+        gap = jnp.max(jnp.abs(f(2 * a - 3 * b) - (parts[0] - parts[1])), initial=0)
+        ratio = gap / jnp.where(scale > 0, scale, jnp.ones_like(scale))
+        return jnp.where(jnp.any(f(jnp.zeros_like(a)) != 0), 1.0, ratio)  # however small it is
+
+    return jnp.stack(
+        [defect(partial(view.matvec, w), a, b), defect(lambda w: view.matvec(w, a), w, other)]
+    )
+
+
+def _name(function) -> str:
+    return getattr(function, "__name__", repr(function))
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error) or type(error).__name__).split("\n")[0]

@@ -81,8 +81,8 @@ def from_torch(
         do): their paths, shapes and dtypes are those of the result.
       views: regular expression -> view, as for ``sn_jax.init``, or what ``sn_jax.linen.views``
         returns. A ``Conv`` says by ``transpose`` and ``transpose_kernel`` what a kernel is; a
-        ``Matrix`` with the last axis as output says Conv where the shape leaves it open, and
-        one with the last but one ConvTranspose with ``transpose_kernel=True``. A
+        ``Matrix`` with the last axis as output says Conv of a module that Flax named ``Conv_0``
+        or so, and one with the last but one ConvTranspose with ``transpose_kernel=True``. A
         ``Matrix`` is also the view of the entry in the state. Otherwise that is the matrix which
         torch flattens to, also for a ``Conv``, of whose operator torch has no vectors.
       names: torch's module -> Flax module, such as ``{"main.0": "Conv_0"}``. Modules it does not
@@ -373,7 +373,7 @@ class _Module(NamedTuple):
         if view is None:
             return default, False
         if isinstance(view, Matrix):
-            groups = view._groups(len(self.shape))
+            groups = view.axis_groups(len(self.shape))
             if groups in (((), ins, outs), ((), outs, ins)):
                 return view, groups == ((), outs, ins)
         raise ValueError(
@@ -431,8 +431,8 @@ def _chosen(path, name, layouts, view, arrays) -> _Layout:
         n = arrays["weight"].ndim
         out = tuple(axis % n for axis in view.out_axes)
         said = {(n - 1,): ["Conv"], (n - 2,): [transposed]}.get(out, said)
-        # linen.views sees both kinds as this matrix: believe it, unless flax's name disagrees.
-        if said == ["Conv"] and "ConvTranspose" in path:
+        # linen.views sees both kinds as this matrix: only Flax's own name says more.
+        if said == ["Conv"] and not re.search(r"(^|/)Conv_\d+/", path):
             said = list(layouts)
     possible = {kind: layout for kind, layout in layouts.items() if kind in said}
     if not possible:

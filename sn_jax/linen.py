@@ -1,12 +1,14 @@
 """Spectral normalization for Flax linen: whole-model views, a drop-in wrapper, and export."""
 
+import dataclasses
 import re
-from collections.abc import Mapping
-from functools import partial
+from collections.abc import Iterator, Mapping
+from contextvars import ContextVar
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 from flax import traverse_util
 from flax.core import meta
@@ -17,6 +19,12 @@ from sn_jax import _core, _trace
 from sn_jax._views import Matrix, View
 
 ConvView = Literal["reshape", "operator"]
+
+# What nn.jit traced with tags, or while a bake noted what it wrote, is of no use to others: part
+# of jit's cache key.
+_tracing = jax.make_user_context(None)
+# Whether a SpectralNorm is around what runs.
+_wrapped: ContextVar[bool] = ContextVar("_wrapped", default=False)
 
 
 def views(
@@ -81,14 +89,17 @@ def _traced(module, variables, args, kwargs, conv, rngs, method):
 
     def apply(params, arrays, others):
         args, kwargs = rebuild(arrays)
-        params = traverse_util.unflatten_dict(params, sep="/")
-        with nn.intercept_methods(tagged):
+        params = traverse_util.unflatten_dict({keys[path]: w for path, w in params.items()})
+        with nn.intercept_methods(tagged), _tracing(("views", conv)):
             return module.apply(
                 {**others, "params": params},
                 *args, rngs=rngs, method=method, mutable=True, **kwargs,
             )  # fmt: skip
 
-    params = traverse_util.flatten_dict(variables["params"], sep="/")
+    # By tuples: keys of wrappers contain "/" themselves.
+    flat = traverse_util.flatten_dict(variables.get("params", {}))
+    keys = {"/".join(key): key for key in flat}
+    params = {path: flat[key] for path, key in keys.items()}
     others = {name: value for name, value in variables.items() if name != "params"}
     return _trace.views_of(apply, params, arrays, others)
 
@@ -138,6 +149,29 @@ _ADAPTERS = {
 }
 
 
+def _parts(layer: nn.Module, prefix=()) -> Iterator[tuple[tuple[str, ...], nn.Module]]:
+    """(path in a detached copy, module): the layer, and those of its attributes that were made
+    inside another module and keep their variables there."""
+    yield prefix, layer
+    for field in dataclasses.fields(layer):
+        if field.name in ("parent", "name") or not field.init:
+            continue
+        value = getattr(layer, field.name)
+        for path, part in jax.tree_util.tree_leaves_with_path(value, is_leaf=_is_module):
+            if _is_module(part) and part.path[: len(layer.path)] != layer.path:
+                names = (field.name, *(jax.tree_util.keystr((key,), simple=True) for key in path))
+                yield from _parts(part, (*prefix, "_".join(names)))
+
+
+def _is_module(x) -> bool:
+    return isinstance(x, nn.Module)
+
+
+def _value(leaf):
+    """The array in a box of metadata."""
+    return leaf.value if isinstance(leaf, meta.AxisMetadata) else leaf
+
+
 def bake(
     module: nn.Module,
     variables: Mapping[str, Any],
@@ -181,7 +215,7 @@ def bake(
         kwargs = {name: value for name, value in kwargs.items() if name != "update_stats"}
         return wrapper._run(args, kwargs, update_stats=False, written=written)
 
-    with nn.intercept_methods(baking):
+    with nn.intercept_methods(baking), _tracing(object()):
         _, updates = module.apply(
             variables, *args, rngs=rngs, method=method, mutable=True, **kwargs
         )
@@ -286,7 +320,7 @@ class SpectralNorm(nn.Module):
         mutable = not self.stateless and self.is_mutable_collection(self.collection_name)
         if update_stats is None:
             update_stats = mutable
-        elif update_stats is True and not mutable:
+        elif isinstance(update_stats, bool | np.bool_) and update_stats and not mutable:
             raise ValueError(
                 f"update_stats=True, but SpectralNorm around {self._layer} is stateless."
                 if self.stateless
@@ -307,36 +341,69 @@ class SpectralNorm(nn.Module):
                 f"SpectralNorm needs n_steps >= 1, got {self.n_steps}; without the wrapper the "
                 "layer is left alone."
             )
-        if isinstance(self.layer_instance, SpectralNorm):
-            raise ValueError(
-                f"SpectralNorm around SpectralNorm ({self.layer_instance.name}): wrap a layer once."
+        if not _is_module(self.layer_instance):
+            raise TypeError(
+                f"SpectralNorm wraps a module such as nn.Dense(4), not {self.layer_instance!r}."
             )
+        if _wrapped.get():
+            raise ValueError(
+                f"SpectralNorm around {self._layer} is inside another SpectralNorm: wrap a layer "
+                "once."
+            )
+        token = _wrapped.set(True)
+        try:
+            return self._run_normalized(args, kwargs, update_stats, written)
+        finally:
+            _wrapped.reset(token)
+
+    @nn.nowrap
+    def _run_normalized(self, args, kwargs, update_stats, written):
+        layer = self.layer_instance
         if self.is_initializing():
             # Creates the raw parameters, which the second call below reads.
-            self.layer_instance(*args, **kwargs)
-        others = {k: v for k, v in self.layer_instance.variables.items() if k != "params"}
-        normalize = partial(
-            self._normalized, others=others, args=args, kwargs=kwargs, update_stats=update_stats,
-            written=written,
-        )  # fmt: skip
+            layer(*args, **kwargs)
+        parts = list(_parts(layer))
+        variables: dict[str, dict] = {}
+        for prefix, part in parts:
+            for name, tree in part.variables.items():
+                flat = traverse_util.flatten_dict(tree)
+                variables.setdefault(name, {}).update({(*prefix, *k): v for k, v in flat.items()})
+        boxed = {"/".join(key): leaf for key, leaf in variables.pop("params", {}).items()}
+        others = {name: traverse_util.unflatten_dict(flat) for name, flat in variables.items()}
+        normalized = {}
+        # A shared layer may have been baked by an earlier call.
+        if not any(_value(leaf) is new for leaf in boxed.values() for new in written or ()):
+            params = {path: meta.unbox(leaf) for path, leaf in boxed.items()}
+            normalized = self._normalized(params, others, args, kwargs, update_stats)
+        if written is not None:
+            written.extend(normalized.values())
+        path_of = {id(_value(leaf)): path for path, leaf in boxed.items()}
+
+        def substitute(variables):
+            flat = traverse_util.flatten_dict(variables.get("params", {}))
+            for key, leaf in flat.items():
+                # Several parts come one by one, without their names.
+                path = "/".join(key) if len(parts) == 1 else path_of.get(id(_value(leaf)))
+                if path in normalized:
+                    w, box = normalized[path], isinstance(leaf, meta.AxisMetadata)
+                    flat[key] = leaf.replace_boxed(w) if box else w
+            return {**variables, "params": traverse_util.unflatten_dict(flat)}
+
         return nn.map_variables(
             lambda layer: layer(*args, **kwargs),
             "params",
-            trans_in_fn=normalize,
+            trans_in_fn=substitute,
             init=False,
             mutable=written is not None,
-        )(self.layer_instance)
+        )(layer)
 
-    def _normalized(self, variables, others, args, kwargs, update_stats, written):
-        """trans_in_fn of map_variables: {"params": tree} -> the same, normalized."""
-        variables = meta.unbox(variables)
-        params = traverse_util.flatten_dict(variables.get("params", {}), sep="/")
-        if written is not None and any(w is new for w in params.values() for new in written):
-            return variables  # a shared layer, baked by an earlier call
-        found = self._views(params, {**others, **variables}, args, kwargs)
+    def _normalized(self, params, others, args, kwargs, update_stats):
+        """path -> normalized kernel; stores the new statistics if told to."""
+        tree = traverse_util.unflatten_dict({tuple(k.split("/")): w for k, w in params.items()})
+        found = self._views(params, {**others, "params": tree}, args, kwargs)
         state = {path: self._stored(path, params[path], view) for path, view in found.items()}
         normalized, new_state = _core.spectral_normalize(
-            params, state,
+            {path: params[path] for path in found}, state,
             n_steps=self.n_steps or (15 if self.stateless else 1),
             bound=self.bound, mode=self.mode, gradient=self.gradient,
         )  # fmt: skip
@@ -350,9 +417,7 @@ class SpectralNorm(nn.Module):
                 normalized[path] = view.scale(normalized[path], scale)
             if self.dtype is not None:
                 normalized[path] = normalized[path].astype(self.dtype)
-        if written is not None:
-            written.extend(normalized[path] for path in found)
-        return {**variables, "params": traverse_util.unflatten_dict(normalized, sep="/")}
+        return normalized
 
     def _views(self, params, variables, args, kwargs):
         if self.error_on_non_matrix:
@@ -389,6 +454,11 @@ class SpectralNorm(nn.Module):
                     "SpectralNorm reads: pass them to apply (all that init returned), or use "
                     "stateless=True."
                 )
+            if not self.has_rng("params"):
+                raise ValueError(
+                    f"The variables have no {self.collection_name!r} for {self._layer}: pass them "
+                    "to apply (all that init returned), or rngs={'params': key} to make them."
+                )
             start = _core.init(
                 {path: w}, self.make_rng("params"), {re.escape(path): view},
                 n_vectors=self.n_vectors, warmup=self.warmup,
@@ -400,6 +470,11 @@ class SpectralNorm(nn.Module):
             self.get_variable(self.collection_name, self._key(path, name))
             for name in ("u", "sigma")
         )
+        if sigma is None:
+            raise ValueError(
+                f"The collection {self.collection_name!r} has {self._key(path, 'u')} but no sigma "
+                "beside it: pass all that init returned."
+            )
         # v is only a fallback: with it a u that is zero (as flax leaves it after a zero kernel)
         # recovers.
         return _core.Singular(u, _core.start_state(w, view, self.n_vectors).v, sigma, view)

@@ -217,6 +217,10 @@ class SpectralNorm(nnx.Module):
         stateless: bool = False,
     ):
         what = f"SpectralNorm around {type(layer_instance).__name__}"
+        if not isinstance(layer_instance, nnx.Module):
+            raise TypeError(
+                f"SpectralNorm wraps a module such as nnx.Linear, not {layer_instance!r}."
+            )
         if n_steps is not None and n_steps < 1:
             raise ValueError(
                 f"SpectralNorm needs n_steps >= 1, got {n_steps}; without the wrapper the layer is "
@@ -253,6 +257,7 @@ class SpectralNorm(nnx.Module):
                 found.setdefault(key, {Matrix()})
         resolved = _core.resolve_views(params, found, rules, what)
         self.views = tuple(sorted(resolved.items()))  # hashable: a static attribute
+        self.ndims = tuple((path, params[path].ndim) for path in sorted(resolved))
 
         state = {}
         if not stateless:
@@ -297,6 +302,12 @@ class SpectralNorm(nnx.Module):
         if inspect.ismethod(value) and value.__self__ is layer:
             return lambda *args, **kwargs: self._run(name, args, kwargs, None)
         return value
+
+    def is_stacked(self) -> bool:
+        """Whether this is a stack of wrappers, as ``nnx.vmap`` makes them."""
+        params = nnx.to_flat_state(nnx.state(self.layer_instance, nnx.Param))
+        shapes = {_name(path): v.shape for path, v in params}
+        return any(len(shapes[path]) != n_axes for path, n_axes in self.ndims)
 
     def _run(self, method, args, kwargs, update_stats):
         """A method of the layer, on a copy with normalized kernels."""
@@ -411,9 +422,15 @@ def bake(model: nnx.Module) -> nnx.Module:
             f"bake found no sn_jax.nnx.SpectralNorm in this {type(model).__name__}: it is plain."
         )
 
-    def plain(_, node):
+    def plain(path, node):
         if not isinstance(node, SpectralNorm):
             return node
+        if node.is_stacked():
+            raise ValueError(
+                f"bake: the SpectralNorm {_name(path) or 'at the root'} is a stack made by "
+                "nnx.vmap, of which each element normalizes its own kernel: call bake inside "
+                "nnx.vmap, nnx.vmap(sn_jax.nnx.bake)(model)."
+            )
         graphdef, state = nnx.split(node.layer_instance)
         variables = dict(nnx.to_flat_state(state))
         for path, w in node._normalized(variables, update_stats=False).items():

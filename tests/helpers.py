@@ -87,11 +87,16 @@ def conv_case(name, shape, size, stride) -> Case:
     return Case(name, view, shape, lambda w: conv_matrix(w, size, stride))
 
 
+def weighted_sums(w, x):
+    return w * jnp.cumsum(x)
+
+
 CASES = [
     matrix_case("dense", -2, -1, (12, 7)),
     matrix_case("per-head", 0, 2, (10, 3, 5)),
     matrix_case("scanned-heads-out", (1, 2), 3, (2, 3, 4, 9)),
     conv_case("conv-operator", (3, 3, 2, 3), (5, 4), 2),
+    Case("linear", sn_jax.Linear(weighted_sums, 6), (6,), lambda w: w[:, None] * np.tri(6)),
 ]
 
 

@@ -68,6 +68,24 @@ def test_it_is_the_map_of_flax_conv_transpose(data):
     assert_same_map(layer, view, 2)
 
 
+# What sides and starts depend on, always: Hypothesis may draw others.
+SIDES = [
+    (nn.Conv, {"padding": "CAUSAL", "kernel_dilation": 2}, 3),
+    (nn.Conv, {"padding": "CIRCULAR"}, 4),
+    (nn.Conv, {"padding": "REFLECT"}, 4),
+    (nn.Conv, {"padding": 1, "input_dilation": 2}, 2),
+    (nn.ConvTranspose, {"padding": "CIRCULAR", "strides": (2,)}, 3),
+    (nn.ConvTranspose, {"padding": "CIRCULAR", "strides": (1,), "transpose_kernel": True}, 4),
+]
+
+
+@pytest.mark.parametrize(("kind", "options", "k"), SIDES, ids=str)
+def test_sides_of_even_kernels_and_dilations(kind, options, k):
+    layer = kind(3, (k,), use_bias=False, param_dtype=F64, **options)
+    view = Conv(7, **options, **({"transpose": True} if kind is nn.ConvTranspose else {}))
+    assert_same_map(layer, view, 2)
+
+
 GOLDEN = [
     ({"padding": "CIRCULAR"}, 15.228065977),
     ({}, 14.456205765),

@@ -51,11 +51,6 @@ CASES = {
     "conv2d-square": (
         nn.Conv(3, (3, 3), padding=1),
         "conv2d_square",
-        {"kernel": Matrix((0, 1, 2), 3)},
-    ),
-    "conv2d-square-operator": (
-        nn.Conv(3, (3, 3), padding=1),
-        "conv2d_square",
         {"kernel": Conv((5, 5))},
     ),
     "conv3d": (nn.Conv(3, (2, 1, 3), padding="VALID"), "conv3d", None),
@@ -250,23 +245,21 @@ def test_a_square_kernel_needs_a_view():
     results = {}
     for kind, view in {
         "conv": Conv((8, 8)),
-        "matrix": Matrix((0, 1, 2), -1),
         "transpose": Conv((8, 8), transpose=True),
         "kernel": Conv((8, 8), transpose=True, transpose_kernel=True),
     }.items():
         params, _ = from_torch({"0.weight": w}, SQUARE_TEMPLATE, {"up/kernel": view})
         results[kind] = params["up"]["kernel"]
     np.testing.assert_allclose(results["conv"], w.transpose(2, 3, 1, 0), rtol=1e-6)
-    np.testing.assert_array_equal(results["matrix"], results["conv"])
     np.testing.assert_array_equal(results["kernel"], results["conv"])
     np.testing.assert_allclose(results["transpose"], w.transpose(2, 3, 0, 1)[::-1, ::-1], rtol=1e-6)
-    # The flattened matrix that linen.views gives for both is not believed against flax's name.
-    with pytest.raises(ValueError, match=r"ConvTranspose_0/kernel.*views="):
-        from_torch(
-            SQUARE_CONV,
-            {"ConvTranspose_0": SQUARE_TEMPLATE["up"]},
-            {".*": Matrix((0, 1, 2), 3)},
-        )
+    # The flattened matrix that linen.views gives for both says nothing, but flax's name does.
+    flattened = {".*": Matrix((0, 1, 2), -1)}
+    params, _ = from_torch({"0.weight": w}, {"Conv_0": SQUARE_TEMPLATE["up"]}, flattened)
+    np.testing.assert_array_equal(params["Conv_0"]["kernel"], results["conv"])
+    for name in ("ConvTranspose_0", "up", "MyConv_0"):
+        with pytest.raises(ValueError, match=rf"{name}/kernel.*views="):
+            from_torch(SQUARE_CONV, {name: SQUARE_TEMPLATE["up"]}, flattened)
     # Without spatial axes there is nothing to confuse.
     from_torch({"0.weight": np.zeros((4, 4))}, {"up": {"kernel": zeros(4, 4)}})
 

@@ -269,6 +269,127 @@ def test_rules_and_more_vectors_in_the_wrapper():
     np.testing.assert_allclose(np.linalg.norm(kernel.swapaxes(0, 1), 2, (1, 2)), 1, rtol=1e-4)
 
 
+class Residual(nn.Module):
+    inner: nn.Module
+
+    def __call__(self, x):
+        return x + self.inner(x)
+
+
+class Inline(nn.Module):
+    """Composites made and wrapped inside another module, which keeps their layers' parameters."""
+
+    norm: bool
+
+    @nn.compact
+    def __call__(self, x):
+        wrapped = SpectralNorm if self.norm else lambda layer: layer
+        x = wrapped(nn.Sequential([nn.Dense(4), nn.relu, Residual(nn.Dense(4)), nn.Dense(8)]))(x)
+        x = wrapped(Residual(nn.Dense(8)))(x)
+        return wrapped(nn.RNN(nn.SimpleCell(4)))(x)
+
+
+def test_composites_made_inside_a_module():
+    model, plain = Inline(True), Inline(False)
+    variables = model.init(KEY, X)
+    assert jax.tree.map(jnp.shape, variables["params"]) == jax.tree.map(
+        jnp.shape, plain.init(KEY, X)["params"]
+    )
+    stats = variables["batch_stats"]
+    assert "Sequential_0/layers_2/inner/kernel/u" in stats["SpectralNorm_0"]
+    _, updates = model.apply(variables, X, mutable=["batch_stats", "params"])
+    jax.tree.map(np.testing.assert_array_equal, updates["params"], variables["params"])
+    variables = {**variables, "batch_stats": updates["batch_stats"]}
+    baked = bake(model, variables, X)
+    np.testing.assert_allclose(plain.apply(baked, X), model.apply(variables, X), atol=1e-6)
+    for leaf in jax.tree.leaves(baked["params"]):
+        if leaf.ndim == 2:
+            np.testing.assert_allclose(np.linalg.norm(leaf, 2), 1, rtol=0.02)
+
+
+class Wrapped(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return SpectralNorm(nn.Dense(4, use_bias=False), warmup=100)(x)
+
+
+JitWrapped, JitConv = nn.jit(Wrapped), nn.jit(nn.Conv)
+
+
+class Calls(nn.Module):
+    layer: type
+    options: tuple = ()
+
+    @nn.compact
+    def __call__(self, x):
+        return self.layer(*self.options, name="layer")(x)
+
+
+def test_traces_that_nn_jit_keeps_are_not_mixed_up():
+    """One class under nn.jit, traced for training, for bake and for views, in every order."""
+    model = Calls(JitWrapped)
+    variables = model.init(KEY, X)
+    for _ in range(2):
+        _, updates = model.apply(variables, X, mutable=True)
+        jax.tree.map(np.testing.assert_array_equal, updates["params"], variables["params"])
+        kernel = bake(model, variables, X)["params"]["layer"]["Dense_0"]["kernel"]
+        np.testing.assert_allclose(np.linalg.norm(kernel, 2), 1, rtol=1e-4)
+    model = Calls(JitConv, (3, (3, 3)))
+    variables = model.init(KEY, IMAGES)
+    model.apply(variables, IMAGES, mutable=True)
+    for _ in range(2):
+        assert views(model, variables, IMAGES) == {"layer/kernel": FLAT}
+        operator = {"layer/kernel": sn_jax.Conv((6, 6))}
+        assert views(model, variables, IMAGES, conv="operator") == operator
+
+
+def test_options_of_the_wrapper():
+    layer = nn.Dense(4, use_bias=False)
+    variables = SpectralNorm(layer, warmup=200, use_scale=True).init(KEY, X)
+    params = variables["params"]
+    scaled = {**params, "layer_instance/kernel/scale": jnp.asarray(3.0)}
+    wrapper = SpectralNorm(layer, use_scale=True)
+    baked = bake(wrapper, {**variables, "params": scaled}, X)["params"]["kernel"]
+    np.testing.assert_allclose(np.linalg.norm(baked, 2), 3, rtol=1e-4)
+    found = views(
+        nn.Sequential([SpectralNorm(layer, use_scale=True)]),
+        {"params": {"layers_0": params}, "batch_stats": {"layers_0": variables["batch_stats"]}},
+        X,
+    )
+    assert list(found) == ["layers_0/layer_instance/kernel"]
+    plain = {"params": {"layer_instance": params["layer_instance"]},
+             "batch_stats": variables["batch_stats"]}  # fmt: skip
+    half = bake(SpectralNorm(layer, dtype=jnp.bfloat16), plain, X)["params"]["kernel"]
+    assert half.dtype == jnp.bfloat16
+
+    def dot(wrapper):
+        """<dL/dW, W>: zero where the gradient goes through sigma."""
+        grads = jax.grad(lambda p: wrapper.apply({**plain, "params": p}, X).sum())(plain["params"])
+        pairs = zip(jax.tree.leaves(grads), jax.tree.leaves(plain["params"]), strict=True)
+        return sum(float(jnp.sum(g * w)) for g, w in pairs)
+
+    assert abs(dot(SpectralNorm(layer))) < 1e-4
+    assert abs(dot(SpectralNorm(layer, gradient="stop"))) > 1e-2
+
+
+def doubled(w, x):
+    return 2 * (x @ w)
+
+
+def test_any_linear_map_in_the_wrapper():
+    rules = {"kernel": sn_jax.Linear(doubled, 8)}
+    model = SpectralNorm(nn.Dense(4, use_bias=False), rules=rules, warmup=100)
+    kernel = bake(model, model.init(KEY, X), X)["params"]["kernel"]
+    np.testing.assert_allclose(np.linalg.norm(kernel, 2), 0.5, rtol=1e-4)
+
+
+def test_operator_convolutions_of_a_block_in_the_wrapper():
+    block = nn.Sequential([nn.Conv(3, (3, 3)), nn.relu])
+    model = SpectralNorm(block, conv="operator")
+    stats = model.init(KEY, IMAGES)["batch_stats"]
+    assert stats["layer_instance/layers_0/kernel/u"].shape == (1, 6, 6, 3)
+
+
 def test_operator_convolutions_in_the_wrapper():
     layer = nn.Conv(6, (3, 3), strides=2)
     model = SpectralNorm(layer, conv="operator", warmup=200)
@@ -284,10 +405,23 @@ def test_bad_use():
     x = X
     with pytest.raises(ValueError, match="wrap a layer once"):
         SpectralNorm(SpectralNorm(nn.Dense(4))).init(KEY, x)
+    with pytest.raises(ValueError, match="wrap a layer once"):
+        SpectralNorm(Wrapped()).init(KEY, x)
+    with pytest.raises(ValueError, match="finds no kernel"):
+        SpectralNorm(nn.Dropout(0.1, deterministic=True)).init(KEY, x)
+    with pytest.raises(TypeError, match="wraps a module"):
+        SpectralNorm(nn.relu).init(KEY, x)
     model = SpectralNorm(nn.Dense(4))
     variables = model.init(KEY, x)
     with pytest.raises(ValueError, match="no 'batch_stats' for Dense"):
         model.apply({"params": variables["params"]}, x)
+    with pytest.raises(ValueError, match="no 'batch_stats' for Dense"):
+        model.apply({"params": variables["params"]}, x, mutable=["batch_stats"])
+    with pytest.raises(ValueError, match="immutable"):
+        model.apply(variables, x, update_stats=np.True_)
+    u_alone = {"layer_instance/kernel/u": variables["batch_stats"]["layer_instance/kernel/u"]}
+    with pytest.raises(ValueError, match="no sigma"):
+        model.apply({**variables, "batch_stats": u_alone}, x)
     with pytest.raises(ValueError, match="stateless"):
         SpectralNorm(nn.Dense(4), stateless=True).init_with_output(KEY, x, update_stats=True)
     with pytest.raises(ValueError, match=r"bake found no sn_jax.linen.SpectralNorm.*Dense"):

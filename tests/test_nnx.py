@@ -277,6 +277,63 @@ def test_options():
     np.testing.assert_allclose(np.linalg.norm(bake(learned).kernel[...], 2), 3, rtol=1e-2)
 
 
+def test_options_of_the_norm():
+    rngs = nnx.Rngs(0)
+    linear = nnx.Linear(8, 4, use_bias=False, rngs=rngs)
+    half = bake(SpectralNorm(linear, dtype=jnp.bfloat16, rngs=rngs))
+    assert half.kernel[...].dtype == jnp.bfloat16
+    bounded = bake(SpectralNorm(linear, bound=0.5, warmup=100, rngs=rngs))
+    np.testing.assert_allclose(np.linalg.norm(bounded.kernel[...], 2), 0.5, rtol=1e-4)
+
+    def dot(**options):
+        """<dL/dW, W>: zero where the gradient goes through sigma."""
+        model = SpectralNorm(linear, rngs=rngs, **options)
+        grads = nnx.grad(lambda m: m(jnp.ones((1, 8))).sum())(model)
+        return float(jnp.sum(grads["layer_instance"]["kernel"][...] * linear.kernel[...]))
+
+    assert abs(dot()) < 1e-4 < 1e-2 < abs(dot(gradient="stop"))
+    twice = {"kernel": sn_jax.Linear(doubled, 8)}
+    baked = bake(SpectralNorm(linear, rules=twice, warmup=100, rngs=rngs))
+    np.testing.assert_allclose(np.linalg.norm(baked.kernel[...], 2), 0.5, rtol=1e-4)
+
+
+def doubled(w, x):
+    return 2 * (x @ w)
+
+
+def test_counters_and_new_variables_of_the_layer_are_kept():
+    class Layer(nnx.Module):
+        def __init__(self, rngs):
+            self.linear = nnx.Linear(8, 4, rngs=rngs)
+            self.count = nnx.Variable(jnp.zeros((), int))
+
+        def __call__(self, x):
+            self.count[...] += 1
+            self.seen = nnx.Variable(x.sum())
+            return self.linear(x)
+
+    rngs = nnx.Rngs(0)
+    model = SpectralNorm(Layer(rngs), rngs=rngs)
+    model(jnp.ones((1, 8)))
+    model(jnp.ones((1, 8)))
+    assert model.count[...] == 2
+    assert model.seen[...] == 8
+
+
+def test_a_stack_of_wrappers_is_baked_inside_vmap():
+    @nnx.split_rngs(splits=4)
+    @nnx.vmap(in_axes=0, out_axes=0)
+    def make(rngs):
+        return SpectralNorm(nnx.Linear(4, 4, rngs=rngs), warmup=100, rngs=rngs)
+
+    stack = make(nnx.Rngs(0))
+    stack.eval()
+    with pytest.raises(ValueError, match=r"stack made by nnx.vmap.*inside"):
+        bake(stack)
+    kernels = nnx.vmap(bake)(stack).kernel[...]
+    np.testing.assert_allclose(np.linalg.norm(kernels, 2, (1, 2)), 1, rtol=1e-4)
+
+
 def test_bad_use_says_what_to_do():
     rngs = nnx.Rngs(0)
     linear = nnx.Linear(8, 4, rngs=rngs)
@@ -292,6 +349,8 @@ def test_bad_use_says_what_to_do():
         SpectralNorm(nnx.Conv(3, 4, (3, 3), rngs=rngs), error_on_non_matrix=True, rngs=rngs)
     with pytest.raises(ValueError, match="in this Linear: it is plain"):
         bake(linear)
+    with pytest.raises(TypeError, match="wraps a module"):
+        SpectralNorm(nnx.relu, rngs=rngs)
 
     class TwoSizes(nnx.Module):
         def __init__(self):

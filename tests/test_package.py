@@ -20,13 +20,15 @@ MODULES = sorted(path.stem for path in (ROOT / "sn_jax").glob("*.py"))
 LAYERS = {
     "_views": set(),
     "_power": set(),
+    "_symbols": {"_views"},
+    "_norms": {"_views", "_symbols"},
     "_core": {"_views", "_power"},
     "_trace": {"_views"},
     "linen": {"_views", "_core", "_trace"},
     "nnx": {"_views", "_core", "_trace"},
     "transforms": {"_views", "_power", "_core"},
     "convert": {"_views", "_power", "_core"},
-    "__init__": {"_views", "_power", "_core"},
+    "__init__": {"_views", "_power", "_core", "_norms"},
 }
 PUBLIC = [getattr(sn_jax, name) for name in sn_jax.__all__ if name not in ("State", "Rules")]
 

@@ -1,27 +1,19 @@
 """``python -m experiments.gan``: train an SN-GAN on real images, and measure its samples."""
 
-import contextlib
-import importlib.metadata
-import io
 import json
 import os
-import platform
-import re
 import shlex
-import subprocess
 import sys
 import time
-from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
-import tyro
 
-import sn_jax
+from experiments.cli import UserError, commit, parse, versions, write_text
 from experiments.data import load
 from experiments.gan import evaluate, plots
-from experiments.gan.loop import UserError, read_json, read_rows, train, write_text
+from experiments.gan.loop import read_json, read_rows, train
 from experiments.gan.train import LATENT, Config, scaled
 
 
@@ -30,7 +22,7 @@ def main(args: list[str] | None = None) -> int:
     args = sys.argv[1:] if args is None else args
     start = time.perf_counter()
     try:
-        config = parse(args)
+        config = parse(Config, "python -m experiments.gan", args)
         summary = open_folder(config) or run(config, start)
         print(report(config, summary))
         return 0
@@ -43,22 +35,6 @@ def main(args: list[str] | None = None) -> int:
         what = str(interrupt) or "what was saved is kept"
         print(f"Interrupted: {what}; continue with: {again}", file=sys.stderr)
         return 130
-
-
-def parse(args: list[str]) -> Config:
-    """The options; a wrong one becomes one line instead of tyro's box."""
-    box = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(box):
-            return tyro.cli(Config, prog="python -m experiments.gan", args=args)
-    except SystemExit as stop:
-        if not stop.code:  # --help
-            raise
-        # A title row, a message of one row or more, a rule, advice.
-        rows = [row.strip("│ ") for row in box.getvalue().splitlines()[1:]]
-        texts = [text.strip() for text in re.split("[─╰╯-]{3,}", " ".join(rows))]
-        message = next(filter(None, texts), "an option is wrong")
-        raise UserError(f"{message} (see --help)") from None
 
 
 def open_folder(config: Config) -> dict[str, Any] | None:
@@ -142,23 +118,6 @@ def run(config: Config, start: float) -> dict[str, Any]:
     }
     write_text(config.out / "summary.json", json.dumps(summary, indent=2, allow_nan=False))
     return summary
-
-
-def versions() -> dict[str, str]:
-    names = ["jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "scikit-learn"]
-    return {"python": platform.python_version(), "sn_jax": sn_jax.__version__} | {
-        name: importlib.metadata.version(name) for name in names
-    }
-
-
-def commit() -> str | None:
-    """Commit of the repository that this file lies in, "-dirty" if changed; None outside of one."""
-    git = ["git", "-C", str(Path(__file__).parent)]
-    describe = [*git, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    try:
-        return subprocess.run(describe, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None
 
 
 def report(config: Config, summary: dict[str, Any]) -> str:

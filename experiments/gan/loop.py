@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 import shutil
 import signal
 import threading
@@ -19,11 +18,8 @@ import orbax.checkpoint as ocp
 from jax import Array
 from tqdm import tqdm
 
+from experiments.cli import UserError, write_text
 from experiments.gan.train import Config, State, Training, make_training
-
-
-class UserError(Exception):
-    """What the user can put right: one sentence that says what is wrong and what to do."""
 
 
 def train(config: Config, images: np.ndarray) -> tuple[Training, State]:
@@ -85,13 +81,6 @@ def train(config: Config, images: np.ndarray) -> tuple[Training, State]:
                 if interrupt.is_set():
                     raise KeyboardInterrupt(f"step {step} of {config.steps} is saved")
     return training, state
-
-
-def write_text(path: Path, text: str) -> None:
-    """Replace a file as a whole: a kill leaves the old one or the new one, never half of it."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text)
-    os.replace(partial, path)
 
 
 def read_json(path: Path) -> Any:

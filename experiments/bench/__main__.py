@@ -1,0 +1,116 @@
+"""``python -m experiments.bench``: sn_jax beside its peers, as ratios within one run."""
+
+import dataclasses
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Literal, get_args
+
+import jax
+from tqdm import tqdm
+
+from experiments.bench import norms
+from experiments.bench.plots import save_ratios
+from experiments.bench.timing import Row
+from experiments.cli import UserError, aligned, commit, parse, versions, write_text
+
+Suite = Literal["norms"]
+SUITES = {"norms": norms.rows}
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Time sn_jax and its peers on whatever device JAX finds."""
+
+    suite: Suite | Literal["all"] = "all"
+    """What to measure."""
+    quick: bool = False
+    """Small cases, for a minute."""
+    json: Path | None = None
+    """Also write the rows to this file."""
+    picture: Path = Path("runs/bench.png")
+    """Where the picture of the ratios goes."""
+    progress: bool = True
+    """Show a progress bar."""
+
+
+def main(args: list[str] | None = None) -> int:
+    """Returns the exit code: 0, or 2 for what the user can put right."""
+    try:
+        config = parse(
+            Config, "python -m experiments.bench", sys.argv[1:] if args is None else args
+        )
+        for path in filter(None, (config.json, config.picture)):
+            _check_writable(path)
+        rows = measure(config)
+        print(table(rows))
+        save_ratios(config.picture, rows, device())
+        print(f"\npicture  {config.picture}")
+        if config.json:
+            write_text(config.json, json.dumps(as_json(rows), indent=2, allow_nan=False))
+            print(f"rows     {config.json}")
+        return 0
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def _check_writable(path: Path) -> None:
+    """Before minutes of measuring, not after."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(path, "ab"):
+            pass
+    except OSError as error:
+        raise UserError(
+            f"{path} cannot be written ({error.strerror}): give another file."
+        ) from error
+
+
+def measure(config: Config) -> list[Row]:
+    suites = get_args(Suite) if config.suite == "all" else (config.suite,)
+    rows: list[Row] = []
+    with tqdm(desc="cases", disable=not config.progress, unit="") as bar:
+        for suite in suites:
+            for found in SUITES[suite](config.quick):
+                rows += found
+                bar.set_description(found[0].case)
+                bar.update()
+    return rows
+
+
+def device() -> str:
+    found = jax.devices()[0]
+    return f"{found.device_kind}, {os.cpu_count()} cores" if found.platform == "cpu" else (
+        found.device_kind)  # fmt: skip
+
+
+def table(rows: list[Row]) -> str:
+    """Ratios first."""
+    cells = [["ratio", "quartiles", "target", "", "ours", "peer", "unit", "case", "peer's name"]]
+    for row in rows:
+        cells.append(
+            [
+                "" if row.ratio is None else f"{row.ratio:.3f}",
+                "" if row.spread is None else f"{row.spread[0]:.3f}-{row.spread[1]:.3f}",
+                "" if row.target is None else f"<= {row.target:.3g}",
+                {None: "", True: "met", False: "MISSED"}[row.met],
+                f"{row.ours:.4g}",
+                "" if row.peer is None else f"{row.peer:.4g}",
+                row.metric,
+                f"{row.suite}: {row.case}",
+                row.peer_name,
+            ]
+        )
+    return f"{device()}; ratio = ours / peer, below 1 is better\n\n{aligned(cells)}"
+
+
+def as_json(rows: list[Row]) -> list[dict]:
+    return [{**dataclasses.asdict(row), "met": row.met} for row in rows] + [
+        {"device": device(), "versions": versions(), "commit": commit()}
+    ]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

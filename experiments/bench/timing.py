@@ -1,0 +1,92 @@
+"""Fair times: contenders take turns, warm, and are compared round by round."""
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Row:
+    """One comparison. ``ratio`` is ours over the peer's: below 1 is better.
+
+    Attributes:
+      suite, case, metric: what was measured, in which unit.
+      ours, peer: medians.
+      peer_name: whom it is compared with.
+      ratio: median of the paired ratios; None where only a value is reported.
+      spread: quartiles of the paired ratios.
+      target: the ratio should be at most this; None where it is only reported.
+      met: whether it is.
+    """
+
+    suite: str
+    case: str
+    metric: str
+    ours: float
+    peer: float | None = None
+    peer_name: str = ""
+    ratio: float | None = None
+    spread: tuple[float, float] | None = None
+    target: float | None = None
+
+    @property
+    def met(self) -> bool | None:
+        return None if self.target is None else bool(self.ratio <= self.target)
+
+
+def interleaved(calls: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, np.ndarray]:
+    """Seconds of each call in each round, A B A B ..., after one round that is not counted.
+
+    Args:
+      calls: name -> what to time, until its result is there.
+      rounds: of all of them.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(rounds + 1):
+        for name, call in calls.items():
+            start = time.perf_counter()
+            jax.block_until_ready(call())
+            seconds[name].append(time.perf_counter() - start)
+    return {name: np.array(values[1:]) for name, values in seconds.items()}
+
+
+def compare(
+    suite: str,
+    case: str,
+    seconds: Mapping[str, np.ndarray],
+    *,
+    ours: str = "sn_jax",
+    targets: Mapping[str, float] | None = None,
+) -> list[Row]:
+    """One row for each peer from what ``interleaved`` measured, in milliseconds.
+
+    Args:
+      suite, case: for the rows.
+      seconds: name -> times of the rounds.
+      ours: the name that the others are compared with.
+      targets: peer -> largest ratio that is good enough.
+    """
+    rows = []
+    for peer, times in seconds.items():
+        if peer == ours:
+            continue
+        ratios = seconds[ours] / times
+        low, high = np.quantile(ratios, (0.25, 0.75))
+        rows.append(
+            Row(
+                suite=suite,
+                case=case,
+                metric="ms",
+                ours=1e3 * float(np.median(seconds[ours])),
+                peer=1e3 * float(np.median(times)),
+                peer_name=peer,
+                ratio=float(np.median(ratios)),
+                spread=(float(low), float(high)),
+                target=(targets or {}).get(peer),
+            )
+        )
+    return rows

@@ -1,0 +1,78 @@
+"""What the experiments' command lines share: options, one-line errors, provenance, files."""
+
+import contextlib
+import importlib.metadata
+import io
+import os
+import platform
+import re
+import subprocess
+from pathlib import Path
+from typing import Any, TypeVar
+
+import tyro
+
+import sn_jax
+
+T = TypeVar("T")
+
+
+class UserError(Exception):
+    """What the user can put right: one sentence that says what is wrong and what to do."""
+
+
+def parse(config: type[T], prog: str, args: list[str]) -> T:
+    """The options; a wrong one becomes one line instead of tyro's box.
+
+    Raises:
+      UserError: an option that is unknown, or a value that ``config`` refuses.
+    """
+    box = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(box):
+            return tyro.cli(config, prog=prog, args=args)
+    except SystemExit as stop:
+        if not stop.code:  # --help
+            raise
+        # A title row, a message of one row or more, a rule, advice.
+        rows = [row.strip("│ ") for row in box.getvalue().splitlines()[1:]]
+        texts = [text.strip() for text in re.split("[─╰╯-]{3,}", " ".join(rows))]
+        message = next(filter(None, texts), "an option is wrong")
+        raise UserError(f"{message} (see --help)") from None
+
+
+def versions() -> dict[str, str]:
+    names = ["jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "scipy", "scikit-learn"]
+    return {"python": platform.python_version(), "sn_jax": sn_jax.__version__} | {
+        name: importlib.metadata.version(name) for name in names
+    }
+
+
+def commit() -> str | None:
+    """Commit of the repository that this file lies in, "-dirty" if changed; None outside of one."""
+    git = ["git", "-C", str(Path(__file__).parent)]
+    describe = [*git, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        return subprocess.run(describe, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace a file as a whole: a kill leaves the old one or the new one, never half of it."""
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(text)
+    os.replace(partial, path)
+
+
+def aligned(rows: list[list[Any]]) -> str:
+    """A table in plain text: the first column to the left, the others to the right."""
+    texts = [[str(cell) for cell in row] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*texts, strict=True)]
+    return "\n".join(
+        "  ".join(
+            cell.rjust(width) if i else cell.ljust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in texts
+    )
