@@ -175,8 +175,8 @@ def norm_bounds(
     with everything that rounding can have hidden added (Rump 2006).
 
     ``upper / lower - 1 <= rtol`` for every matrix, for every convolution that is circular (its
-    stride dividing the size), and for every convolution whose input or output, of one group,
-    has at most 4,096 numbers. For larger padded convolutions the upper end is the norm of the
+    stride dividing the size), and for every convolution whose input or output has at most
+    4,096 numbers. For larger padded convolutions the upper end is the norm of the
     convolution without borders (on a grid large enough not to wrap around, or on a coarser one
     times ``1 / cos``), usually some 1 % to 3 % too large; a warning says so.
 
