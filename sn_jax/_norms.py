@@ -389,7 +389,8 @@ def _leading_eigenvector(gram: np.ndarray, rtol: float) -> np.ndarray:
         with contextlib.suppress(ArpackNoConvergence):
             tol = min(0.1 * rtol, 1e-4)
             return eigsh(gram, k=1, which="LA", tol=tol, v0=start)[1][:, 0]
-    return scipy.linalg.eigh(gram, subset_by_index=[r - 1, r - 1])[1][:, 0]
+    # All of them: LAPACK's search for the last one alone can find none where all are equal.
+    return np.linalg.eigh(gram)[1][:, -1]
 
 
 def _length_at_least(block: Block, x: np.ndarray) -> float:

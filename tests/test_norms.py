@@ -134,6 +134,14 @@ def test_no_bracket_is_narrower_than_rounding():
     assert lower < 1 < upper < 1 + 1e-10
 
 
+@pytest.mark.parametrize("seed", [16, 17])
+def test_all_singular_values_equal(seed):
+    w = np.linalg.qr(np.random.default_rng(seed).standard_normal((18, 18)))[0]
+    lower, upper = norm_bounds(w, rtol=1e-9)
+    assert lower <= 1 + 1e-14
+    assert 1 - 1e-14 <= upper <= lower * (1 + 1e-9)
+
+
 def test_stacks_are_bounded_each():
     w = np.random.default_rng(0).standard_normal((5, 3, 4, 6)).astype(np.float32)
     view = Matrix((0, 2), 3)

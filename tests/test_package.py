@@ -94,13 +94,17 @@ def test_docstring_examples(module):
     assert result.failed == 0
 
 
+DOCUMENTS = ["README.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))]
+
+
 @pytest.mark.float32
-def test_readme_python_blocks_run(tmp_path, monkeypatch):
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_python_blocks_of_the_documents_run(document, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    assert blocks, "the README has no Python"
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / document).read_text(), re.DOTALL)
+    assert blocks, f"{document} has no Python"
     for block in blocks:
-        exec(compile(block, "README.md", "exec"), {})
+        exec(compile(block, document, "exec"), {})
 
 
 def test_wheel_contains_the_package_and_nothing_else(tmp_path):
