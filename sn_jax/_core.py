@@ -284,22 +284,82 @@ def _start(w, seed, *, view, n_vectors, warmup):
 def _normalize(w, singular, bound, traced_steps, *, static_steps, mode, gradient):
     n_steps = static_steps if traced_steps is None else traced_steps
     sigma, u, v = _run(partial(_power.iterate, n_steps=n_steps), w, singular)
+    value, factor = _factor(sigma, bound, mode, gradient)
+    if traced_steps is not None:
+        value = jnp.where(n_steps > 0, value, singular.sigma)
+    return singular.view.scale(w, factor), _updated(singular, value, u, v)
+
+
+def _factor(sigma, bound, mode, gradient):
+    """(sigma held constant, what to multiply by for a norm of ``bound``)."""
     value = lax.stop_gradient(sigma)
     # sigma = value * ratio with ratio == 1: derivatives then involve no 1 / sigma^2, which
     # overflows float32 long before the weights are tiny.
     nonzero = ~(value < jnp.finfo(value.dtype).tiny)
     safe = jnp.where(nonzero, value, jnp.ones_like(value))
     bound = jnp.asarray(bound, value.dtype)
-    constant = bound / safe
-    factor = constant
+    factor = constant = bound / safe
     if gradient == "through":
         factor = constant / jnp.where(nonzero, sigma / safe, jnp.ones_like(value))
     if mode == "clip":
         factor = jnp.where(value <= bound, jnp.ones_like(factor), factor)
-    factor = jnp.where(jnp.isfinite(value), factor, jnp.nan)
-    if traced_steps is not None:
-        value = jnp.where(n_steps > 0, value, singular.sigma)
-    return singular.view.scale(w, factor), _updated(singular, value, u, v)
+    return value, jnp.where(jnp.isfinite(value), factor, jnp.nan)
+
+
+# What makes the product of Flax's dense layers other than x @ kernel.
+_PRODUCT = ("dot_general", "dot_general_cls", "promote_dtype", "preferred_element_type")
+
+
+def scales_product(layer: Any, stock: Any, arrays: list[Any], dtype: Any) -> bool:
+    """Whether ``normalized_product`` gives a Flax layer the same as its kernel scaled, cheaper.
+
+    The same: float32 throughout, with the stock layer's product and promotion. Cheaper: fewer
+    rows than outputs, so that a copy of x is smaller than one of the kernel. On a CPU only:
+    elsewhere products are less precise by default, and rows may be split over devices.
+
+    Args:
+      layer: the dense layer, of the stock layer's own type.
+      arrays: x, the kernel, and the bias if there is one.
+    """
+    x, kernel = arrays[:2]
+    return (
+        type(layer) is type(stock)
+        and all(getattr(layer, name, None) == getattr(stock, name, None) for name in _PRODUCT)
+        and {getattr(array, "dtype", None) for array in arrays} == {jnp.dtype(jnp.float32)}
+        and jnp.dtype(dtype or jnp.float32) == jnp.float32
+        and kernel.ndim == 2
+        and 0 < x.size // max(1, x.shape[-1]) < kernel.shape[1]
+        and jax.default_backend() == "cpu"
+    )
+
+
+@partial(jax.jit, static_argnames=("n_steps", "mode", "gradient", "precision"))
+def normalized_product(
+    x: Array, w: Array, singular: Singular, bound, *, n_steps: int, mode, gradient, precision
+) -> tuple[Array, Singular]:
+    """(x @ W_bar, state after ``n_steps >= 1``) of a dense kernel, without writing W_bar.
+
+    The product is scaled instead of the kernel, and v rides along as one more row of x: that
+    row of the product is ``A v``, and in the backward pass it adds ``u v^T`` to the gradient, for
+    one row's work where kernel-sized arrays would be read and written.
+
+    Args:
+      x: (..., in), float32 as w is.
+      w: (in, out).
+      singular: one pair of vectors, with the view ``Matrix(0, 1)``.
+    """
+    apply = singular.view.matvec
+    u, v = (lax.stop_gradient(z).astype(w.dtype) for z in (singular.u, singular.v))
+    if n_steps > 1:
+        steps = partial(_power.iterate, n_steps=n_steps - 1, batch_ndim=0)
+        _, u, v = steps(apply, lax.stop_gradient(w), u, v)
+    v = _power.right_half_step(apply, w, u, v, 0)
+    rows = jnp.concatenate([x.reshape(-1, x.shape[-1]), v])
+    y = lax.dot_general(rows, w, (((1,), (0,)), ((), ())), precision=precision)
+    sigma, u = _power.left_half_step(y[-1:], u, 0)
+    value, factor = _factor(sigma, bound, mode, gradient)
+    y = (y[:-1] * factor).reshape(*x.shape[:-1], w.shape[1])
+    return y, _updated(singular, value, u, v)
 
 
 @jax.jit

@@ -362,6 +362,8 @@ class SpectralNorm(nn.Module):
         if self.is_initializing():
             # Creates the raw parameters, which the second call below reads.
             layer(*args, **kwargs)
+        if written is None and self._scales_product(args, kwargs):
+            return self._product(args, kwargs, update_stats)
         parts = list(_parts(layer))
         variables: dict[str, dict] = {}
         for prefix, part in parts:
@@ -397,6 +399,42 @@ class SpectralNorm(nn.Module):
             mutable=written is not None,
         )(layer)
 
+    @nn.nowrap
+    def _scales_product(self, args, kwargs) -> bool:
+        plain = self.dtype is None and self.rules is None and self.n_vectors == 1
+        layer, single = self.layer_instance, len(args) == 1 and not kwargs
+        if not (plain and single and type(layer) is nn.Dense):
+            return False
+        names = ("kernel", "bias") if layer.use_bias else ("kernel",)
+        params = [meta.unbox(layer.get_variable("params", name)) for name in names]
+        return _core.scales_product(layer, nn.Dense(0), [*args, *params], layer.dtype)
+
+    @nn.nowrap
+    def _product(self, args, kwargs, update_stats):
+        layer, path, view = self.layer_instance, "kernel", Matrix(0, 1)
+        kernel = meta.unbox(layer.get_variable("params", path))
+        state = self._stored(path, kernel, view)
+        bound = _core.bounds_by_path(self.bound, {path: state})[path]
+        stored = []
+
+        def product(x, kernel, _, precision=None, **__):
+            y, new = _core.normalized_product(
+                x, kernel, state, bound,
+                n_steps=self.n_steps or (15 if self.stateless else 1),
+                mode=self.mode, gradient=self.gradient, precision=precision,
+            )  # fmt: skip
+            stored.append(new)
+            return self._scale(path, view, kernel.shape) * y if self.use_scale else y
+
+        out = layer.clone(parent=layer.scope, dot_general=product)(*args, **kwargs)
+        if not self.stateless and not self.is_initializing():
+            self._store(path, state, *stored, update_stats)
+        return out
+
+    def _scale(self, path, view, shape):
+        init = nn.initializers.ones
+        return self.param(self._key(path, "scale"), init, view.batch_shape(shape), self.param_dtype)
+
     def _normalized(self, params, others, args, kwargs, update_stats):
         """path -> normalized kernel; stores the new statistics if told to."""
         tree = traverse_util.unflatten_dict({tuple(k.split("/")): w for k, w in params.items()})
@@ -411,9 +449,7 @@ class SpectralNorm(nn.Module):
             if not self.stateless and not self.is_initializing():
                 self._store(path, state[path], new_state[path], update_stats)
             if self.use_scale:
-                shape = view.batch_shape(params[path].shape)
-                init = nn.initializers.ones
-                scale = self.param(self._key(path, "scale"), init, shape, self.param_dtype)
+                scale = self._scale(path, view, params[path].shape)
                 normalized[path] = view.scale(normalized[path], scale)
             if self.dtype is not None:
                 normalized[path] = normalized[path].astype(self.dtype)

@@ -2,7 +2,7 @@
 
 import inspect
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from types import SimpleNamespace
 from typing import Any, Literal
 
@@ -313,6 +313,8 @@ class SpectralNorm(nnx.Module):
         """A method of the layer, on a copy with normalized kernels."""
         if update_stats is None:
             update_stats = not self.use_running_average
+        if method == "__call__" and not kwargs and self._scales_product(args):
+            return self._product(*args, update_stats)
         graphdef, state = nnx.split(self.layer_instance)
         variables = dict(nnx.to_flat_state(state))
         normalized = self._normalized(variables, update_stats)
@@ -330,34 +332,71 @@ class SpectralNorm(nnx.Module):
             nnx.update(self.layer_instance, nnx.from_flat_state(changed))
         return out
 
+    def _scales_product(self, args) -> bool:
+        layer = self.layer_instance
+        plain = self.dtype is None and self.n_vectors == 1 and len(args) == 1
+        if not (plain and type(layer) is nnx.Linear and self.views == (("kernel", Matrix(0, 1)),)):
+            return False
+        params = [layer.kernel[...]] + ([layer.bias[...]] if layer.use_bias else [])
+        return _core.scales_product(layer, _stock_linear(), [*args, *params], layer.dtype)
+
+    def _product(self, x, update_stats):
+        layer, ((name, view),) = self.layer_instance, self.views
+        state = self._stored(name, layer.kernel[...], view)
+        bound = _core.bounds_by_path(self.bound, {name: state})[name]
+        stored = []
+
+        def product(x, kernel, _, precision=None, **__):
+            y, new = _core.normalized_product(
+                x, kernel, state, bound,
+                n_steps=self.n_steps, mode=self.mode, gradient=self.gradient, precision=precision,
+            )  # fmt: skip
+            stored.append(new)
+            return y * _descend(self.scales, name)["scale"][...] if self.scales else y
+
+        copy = nnx.merge(*nnx.split(layer))
+        copy.dot_general = product
+        out = copy(x)
+        self._store(name, state, *stored, update_stats)
+        return out
+
     def _normalized(self, variables, update_stats) -> dict[tuple, jax.Array]:
         """Path -> normalized kernel; stores the new state if ``update_stats``."""
         paths = {_name(path): path for path in variables}
         params = {name: variables[paths[name]][...] for name, _ in self.views}
-        state = {}
-        for name, view in self.views:
-            start = _core.start_state(params[name], view, self.n_vectors)
-            if not self.stateless:
-                stats = _descend(self.batch_stats, name)
-                # v is only a fallback: v = unit(W u) is the first half step.
-                start = replace(start, u=stats["u"][...], sigma=stats["sigma"][...])
-            state[name] = start
+        state = {name: self._stored(name, params[name], view) for name, view in self.views}
         normalized, new_state = _core.spectral_normalize(
             params, state,
             n_steps=self.n_steps, bound=self.bound, mode=self.mode, gradient=self.gradient,
         )  # fmt: skip
         for name, view in self.views:
-            if not self.stateless and update_stats is not False:
-                stats = _descend(self.batch_stats, name)
-                for key in ("u", "sigma"):
-                    new, old = getattr(new_state[name], key), getattr(state[name], key)
-                    stats[key][...] = jnp.where(update_stats, new, old)
+            self._store(name, state[name], new_state[name], update_stats)
             if self.scales:
                 scale = _descend(self.scales, name)["scale"][...]
                 normalized[name] = view.scale(normalized[name], scale)
             if self.dtype is not None:
                 normalized[name] = normalized[name].astype(self.dtype)
         return {paths[name]: w for name, w in normalized.items()}
+
+    def _stored(self, name, w, view):
+        """The state of one kernel: u and sigma as stored; v to be iterated from u."""
+        start = _core.start_state(w, view, self.n_vectors)
+        if self.stateless:
+            return start
+        # v is only a fallback: v = unit(W u) is the first half step.
+        stats = _descend(self.batch_stats, name)
+        return replace(start, u=stats["u"][...], sigma=stats["sigma"][...])
+
+    def _store(self, name, old, new, update_stats):
+        if not self.stateless and update_stats is not False:
+            stats = _descend(self.batch_stats, name)
+            for key in ("u", "sigma"):
+                stats[key][...] = jnp.where(update_stats, getattr(new, key), getattr(old, key))
+
+
+@cache
+def _stock_linear() -> nnx.Linear:
+    return nnx.eval_shape(lambda: nnx.Linear(1, 1, rngs=nnx.Rngs(0)))
 
 
 def _descend(tree, path: str):
