@@ -377,18 +377,25 @@ def _is_definite(shift: float, gram: np.ndarray) -> bool:
     """Whether Cholesky of ``shift I - gram`` runs to its end."""
     shifted = np.negative(gram)
     shifted.flat[:: len(gram) + 1] += shift
-    factorize = scipy.linalg.get_lapack_funcs("potrf", (shifted,))
-    # The transpose is in Fortran's order, and as definite.
-    return factorize(shifted.T, lower=1, clean=0, overwrite_a=1)[1] == 0
+    # NumPy's, as the products are: SciPy brings a BLAS of its own, and the threads of the two
+    # keep each other from the cores.
+    try:
+        np.linalg.cholesky(shifted)
+    except np.linalg.LinAlgError:
+        return False
+    return True
 
 
 def _leading_eigenvector(gram: np.ndarray, rtol: float) -> np.ndarray:
     r = len(gram)
     if r > _SMALL:
+        # The transpose is in Fortran's order, and the conjugate. One BLAS again, here SciPy's.
+        multiply = scipy.linalg.get_blas_funcs("hemv" if gram.dtype == complex else "symv", (gram,))
+        conjugate = LinearOperator(gram.shape, partial(multiply, 1.0, gram.T), dtype=gram.dtype)
         start = np.random.default_rng(0).standard_normal(r).astype(gram.dtype)
         with contextlib.suppress(ArpackNoConvergence):
             tol = min(0.1 * rtol, 1e-4)
-            return eigsh(gram, k=1, which="LA", tol=tol, v0=start)[1][:, 0]
+            return eigsh(conjugate, k=1, which="LA", tol=tol, v0=start)[1][:, 0].conj()
     # All of them: LAPACK's search for the last one alone can find none where all are equal.
     return np.linalg.eigh(gram)[1][:, -1]
 

@@ -1,0 +1,155 @@
+"""What spectral normalization adds to a whole train step: against the same step without it."""
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+import sn_jax.linen
+from experiments.bench.timing import Row, compare, interleaved
+
+# width, batch, the part of what flax adds that is aimed at.
+CRITICS = [(256, 256, 1.0), (512, 256, 1.0), (1024, 256, 0.7), (2048, 64, 0.4)]
+Wrap = Callable[[nn.Module], Callable[..., Any]]
+
+
+def plain(layer: nn.Module):
+    return layer
+
+
+def ours(layer: nn.Module):
+    return sn_jax.linen.SpectralNorm(layer)
+
+
+def flax(layer: nn.Module):
+    return partial(nn.SpectralNorm(layer), update_stats=True)
+
+
+class Critic(nn.Module):
+    """Three hidden layers, as RL has them."""
+
+    wrap: Wrap
+    width: int
+
+    @nn.compact
+    def __call__(self, x):
+        for _ in range(3):
+            x = nn.relu(self.wrap(nn.Dense(self.width))(x))
+        return nn.Dense(1)(x)
+
+
+class Discriminator(nn.Module):
+    """SN-GAN's standard CNN (Miyato et al. 2018, table 3)."""
+
+    wrap: Wrap
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.leaky_relu(self.wrap(nn.Conv(64, (3, 3)))(x), 0.1)
+        for width in (64, 128, 256):
+            x = nn.leaky_relu(self.wrap(nn.Conv(width, (4, 4), 2))(x), 0.1)
+            x = nn.leaky_relu(self.wrap(nn.Conv(2 * width, (3, 3)))(x), 0.1)
+        return self.wrap(nn.Dense(1))(x.reshape(len(x), -1))
+
+
+class Block(nn.Module):
+    """A transformer block of ViT-B."""
+
+    wrap: Wrap
+
+    @nn.compact
+    def __call__(self, x):
+        x = x + self.wrap(nn.MultiHeadDotProductAttention(12))(nn.LayerNorm()(x))
+        y = nn.gelu(self.wrap(nn.Dense(4 * x.shape[-1]))(nn.LayerNorm()(x)))
+        return x + self.wrap(nn.Dense(x.shape[-1]))(y)
+
+
+def rows(quick: bool) -> Iterator[list[Row]]:
+    """One row a case: the percentage that SN adds here, and that flax.linen's adds."""
+    for width, batch, target in CRITICS[:1] if quick else CRITICS:
+        model = partial(Critic, width=width)
+        x = jax.random.normal(jax.random.key(1), (batch, width))
+        yield [added(f"critic, width {width}, batch {batch}", model, x, target)]
+    if quick:
+        return
+    ensemble = nn.vmap(
+        Critic,
+        variable_axes={"params": 0, "batch_stats": 0},
+        split_rngs={"params": True},
+        in_axes=None,
+        axis_size=10,
+    )
+    x = jax.random.normal(jax.random.key(1), (256, 256))
+    yield [added("10 critics, width 256, batch 256", partial(ensemble, width=256), x, 1.0)]
+    x = jax.random.normal(jax.random.key(1), (4, 197, 768))
+    yield [added("ViT-B block, 4 x 197 tokens", Block, x, 0.4)]
+    images = jax.random.normal(jax.random.key(1), (64, 32, 32, 3))
+    yield [added("SN-GAN discriminator, batch 64", Discriminator, images, None, most=1.03)]
+
+
+def added(
+    case: str,
+    model: Callable[..., nn.Module],
+    x: jax.Array,
+    target: float | None,
+    most: float | None = None,
+) -> Row:
+    """Time the model's train step with our SN, flax's and none.
+
+    Args:
+      case: name of the row.
+      model: ``model(wrap=...)`` is the module.
+      x: a batch.
+      target: the part of what flax adds that is aimed at; or
+      most: the largest ratio of our step to the one without.
+    """
+    calls = {name: train_step(model(wrap=wrap), x)
+             for name, wrap in [("plain", plain), ("ours", ours), ("flax", flax)]}  # fmt: skip
+    for call in calls.values():
+        call()
+    start = interleaved(calls, rounds=1)
+    seconds = interleaved(calls, rounds=int(np.clip(20 / start["plain"][0] / 3, 5, 400)))
+    percent = {name: 100 * (np.median(seconds[name] / seconds["plain"]) - 1) for name in calls}
+    if most is not None:
+        times = {"sn_jax": seconds["ours"], "no SN": seconds["plain"]}
+        (row,) = compare("step", case, times, targets={"no SN": most})
+        return row
+    return Row(
+        suite="step",
+        case=case,
+        metric="% added",
+        ours=float(percent["ours"]),
+        peer=float(percent["flax"]),
+        peer_name="flax.linen",
+        ratio=float(percent["ours"] / max(percent["flax"], 0.1)),
+        target=target,
+    )
+
+
+def train_step(model: nn.Module, x: jax.Array) -> Callable[[], jax.Array]:
+    """A compiled step of Adam with everything donated; returns its loss."""
+    variables = model.init(jax.random.key(0), x)
+    stats, optimizer = variables.get("batch_stats", {}), optax.adam(1e-4)
+    state = [variables["params"], stats, optimizer.init(variables["params"])]
+
+    @partial(jax.jit, donate_argnums=(0, 1, 2))
+    def step(params, stats, opt_state, x):
+        def loss(params):
+            variables = {"params": params, "batch_stats": stats}
+            y, updates = model.apply(variables, x, mutable=["batch_stats"])
+            return jnp.mean(jnp.square(y - 1)), updates.get("batch_stats", {})
+
+        (value, stats), grads = jax.value_and_grad(loss, has_aux=True)(params)
+        updates, opt_state = optimizer.update(grads, opt_state, params)
+        return optax.apply_updates(params, updates), stats, opt_state, value
+
+    def call():
+        *state[:], value = step(*state, x)
+        return value
+
+    return call
