@@ -1,5 +1,6 @@
 """Views: how a parameter acts as a linear map."""
 
+import math
 import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
@@ -40,6 +41,7 @@ class View(Protocol):
         ...
 
 
+@partial(jax.checkpoint, prevent_cse=False, static_argnums=2)  # else JAX keeps the broadcast factor
 def _scale(w: Array, factor: Array, batch_axes: Shape) -> Array:
     factor = lax.broadcast_in_dim(factor, w.shape, batch_axes)
     # Multiplied in the (wider) dtype of the factor, rounded once.
@@ -121,11 +123,30 @@ class Matrix:
         return tuple(shape[axis] for axis in ins)
 
     def matvec(self, w: Array, x: Array) -> Array:
-        batch, ins, _ = self.axis_groups(w.ndim)
+        batch, ins, outs = self.axis_groups(w.ndim)
+        if max(len(ins), len(outs)) > 1 and jax.device_count() == 1:
+            for first, last in ((ins, outs), (outs, ins)):
+                if (*batch, *first, *last) == tuple(range(w.ndim)):
+                    return self._flat_matvec(w, x, len(batch), len(first), ins < outs)
         x_batch = tuple(range(len(batch)))
         x_in = tuple(range(len(batch), x.ndim))
         dims = ((ins, x_in), (batch, x_batch))
         return lax.dot_general(w, x, dims, precision=lax.Precision.HIGHEST)
+
+    def _flat_matvec(self, w, x, n_batch, n_first, in_first):
+        """The same with both groups of axes flattened, where they lie together in memory.
+
+        XLA transposes a copy of a kernel whose contraction runs over several axes; of a flat one
+        it does not. Not where axes may be split over devices: flattening would gather them.
+        """
+        batch, rest = w.shape[:n_batch], w.shape[n_batch:]
+        first, last = rest[:n_first], rest[n_first:]
+        sizes = math.prod(first), math.prod(last)
+        x = x.reshape(*batch, sizes[not in_first])
+        x_batch = tuple(range(n_batch))
+        dims = ((n_batch + (not in_first),), (n_batch,)), (x_batch, x_batch)
+        y = lax.dot_general(w.reshape(*batch, *sizes), x, dims, precision=lax.Precision.HIGHEST)
+        return y.reshape(*batch, *(last if in_first else first))
 
     def scale(self, w: Array, factor: Array) -> Array:
         batch, _, _ = self.axis_groups(w.ndim)

@@ -115,9 +115,10 @@ def kernel_sized(function, shape):
 
     def walk(jaxpr):
         for eqn in jaxpr.eqns:
-            inner = [p for p in eqn.params.values() if hasattr(p, "jaxpr")]
-            for closed in inner:
-                walk(closed.jaxpr)
+            inner = [getattr(p, "jaxpr", p) for p in eqn.params.values()]
+            inner = [p for p in inner if hasattr(p, "eqns")]
+            for jaxpr in inner:
+                walk(jaxpr)
             if not inner:
                 found.extend(eqn.primitive.name for var in eqn.outvars if var.aval.shape == shape)
 

@@ -10,18 +10,40 @@ from typing import Literal, get_args
 import jax
 from tqdm import tqdm
 
-from experiments.bench import norms
-from experiments.bench.plots import save_ratios
+from experiments.bench import (
+    compile,
+    conv,
+    memory,
+    norms,
+    scaling,
+    step,
+    tracking,
+    transform,
+)
+from experiments.bench.plots import save_ratios, save_scaling
 from experiments.bench.timing import Row
 from experiments.cli import UserError, aligned, commit, parse, versions, write_text
 
-Suite = Literal["norms"]
-SUITES = {"norms": norms.rows}
+Suite = Literal["transform", "step", "compile", "tracking", "memory", "conv", "scaling", "norms"]
+SUITES = {
+    "transform": transform.rows,
+    "step": step.rows,
+    "compile": compile.rows,
+    "tracking": tracking.rows,
+    "memory": memory.rows,
+    "conv": conv.rows,
+    "scaling": scaling.rows,
+    "norms": norms.rows,
+}
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Time sn_jax and its peers on whatever device JAX finds."""
+    """Time sn_jax and its peers on whatever device JAX finds.
+
+    PyTorch takes part in a process of its own, if this interpreter has it, or the one that the
+    environment variable SN_BENCH_TORCH_PYTHON names.
+    """
 
     suite: Suite | Literal["all"] = "all"
     """What to measure."""
@@ -30,7 +52,7 @@ class Config:
     json: Path | None = None
     """Also write the rows to this file."""
     picture: Path = Path("runs/bench.png")
-    """Where the picture of the ratios goes."""
+    """Where the picture of the ratios goes; that of the suite "scaling" goes beside it."""
     progress: bool = True
     """Show a progress bar."""
 
@@ -41,12 +63,16 @@ def main(args: list[str] | None = None) -> int:
         config = parse(
             Config, "python -m experiments.bench", sys.argv[1:] if args is None else args
         )
+        curves = config.picture.with_stem(f"{config.picture.stem}-scaling")
         for path in filter(None, (config.json, config.picture)):
             _check_writable(path)
         rows = measure(config)
         print(table(rows))
         save_ratios(config.picture, rows, device())
         print(f"\npicture  {config.picture}")
+        if any(row.suite == "scaling" for row in rows):
+            save_scaling(curves, rows, device())
+            print(f"picture  {curves}")
         if config.json:
             write_text(config.json, json.dumps(as_json(rows), indent=2, allow_nan=False))
             print(f"rows     {config.json}")

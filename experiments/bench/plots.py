@@ -1,4 +1,4 @@
-"""The picture of a benchmark."""
+"""The pictures of a benchmark."""
 
 from pathlib import Path
 
@@ -6,6 +6,8 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from experiments.bench.timing import Row
+
+LEAST = 1 / 64
 
 
 def save_ratios(path: Path, rows: list[Row], device: str) -> None:
@@ -19,26 +21,57 @@ def save_ratios(path: Path, rows: list[Row], device: str) -> None:
     rows = [row for row in rows if row.ratio is not None][::-1]
     figure = Figure(figsize=(10, 1.5 + 0.32 * len(rows)), layout="constrained")
     axes = figure.subplots()
-    ratios = np.array([row.ratio for row in rows])
-    spread = np.array([row.spread or (row.ratio, row.ratio) for row in rows])
+    # A ratio of bytes or of added time can be 0 or less: drawn at the edge.
+    ratios = np.maximum([row.ratio for row in rows], LEAST)
+    spread = np.maximum([row.spread or (row.ratio, row.ratio) for row in rows], LEAST)
     colours = [{None: "0.6", True: "tab:green", False: "tab:red"}[row.met] for row in rows]
     places = np.arange(len(rows))
     # Bars from 1: to the left is better.
     axes.barh(places, np.log2(ratios), color=colours, height=0.6)
     error = np.abs(np.log2(spread).T - np.log2(ratios))
     axes.errorbar(np.log2(ratios), places, xerr=error, fmt="none", color="black", lw=1)
-    for place, row in zip(places, rows, strict=True):
+    for place, row, ratio in zip(places, rows, ratios, strict=True):
         if row.target is not None:
             axes.plot([np.log2(row.target)] * 2, [place - 0.4, place + 0.4], color="black", lw=2)
-        axes.annotate(f" {row.ratio:.2f}", (max(0, np.log2(row.ratio)), place), va="center")
+        axes.annotate(f" {row.ratio:.2f}", (max(0, np.log2(ratio)), place), va="center")
     axes.axvline(0, color="black", lw=0.8)
     ticks = np.arange(
         np.floor(min(-1, np.log2(spread).min())), np.ceil(max(1, np.log2(spread).max())) + 1
     )
     axes.set_xticks(ticks, [f"{2.0**tick:g}" for tick in ticks])
-    axes.set_yticks(places, [f"{row.suite}: {row.case}\nvs {row.peer_name}" for row in rows],
-                    fontsize=7)  # fmt: skip
+    names = [f"{row.suite}: {row.case}\n{row.metric} vs {row.peer_name}" for row in rows]
+    axes.set_yticks(places, names, fontsize=7)
     axes.set(title=f"Time or size of sn_jax / that of the peer ({device})",
              xlabel="ratio: left of 1 is better; black line: target")  # fmt: skip
     axes.grid(axis="x", alpha=0.3)
+    figure.savefig(path, dpi=150)
+
+
+def save_scaling(path: Path, rows: list[Row], device: str) -> None:
+    """Time of an update against the bytes that it reads, both axes logarithmic.
+
+    Args:
+      path: of the PNG file.
+      rows: of the suite "scaling"; others are left out.
+      device: for the title.
+    """
+    figure = Figure(figsize=(10, 4.5), layout="constrained")
+    panels = {"matrix": "side of one matrix", "leaves": "number of 64x64 matrices"}
+    for axes, (kind, label) in zip(figure.subplots(1, 2), panels.items(), strict=True):
+        chosen = [row for row in rows if (row.suite, row.metric) == ("scaling", "ms")
+                  and row.case.split()[0] == kind]  # fmt: skip
+        if chosen:
+            x = np.array([int(row.case.split()[1]) for row in chosen])
+            ours, floor = np.array([(row.ours, row.peer) for row in chosen]).T
+            axes.loglog(x, ours, "o-", label="sn_jax: one update")
+            axes.loglog(x, floor, "s--", color="0.5", label=chosen[0].peer_name)
+            # As the bytes grow, through the largest.
+            bytes_ = (x / x[-1]) ** (2.0 if kind == "matrix" else 1.0)
+            axes.loglog(x, ours[-1] * bytes_, ":", color="black", label="as the bytes")
+            axes.set_xticks(x, [str(n) for n in x])
+            axes.minorticks_off()
+            axes.legend()
+        axes.set(xlabel=label, ylabel="milliseconds")
+        axes.grid(alpha=0.3)
+    figure.suptitle(f"Cost of an update of u, v and sigma ({device})")
     figure.savefig(path, dpi=150)

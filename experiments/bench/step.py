@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any
 
 import flax.linen as nn
 import jax
@@ -10,63 +9,18 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-import sn_jax.linen
+from experiments.bench.models import (
+    Critic,
+    Discriminator,
+    TransformerBlock,
+    by_flax,
+    by_sn_jax,
+    plain,
+)
 from experiments.bench.timing import Row, compare, interleaved
 
 # width, batch, the part of what flax adds that is aimed at.
 CRITICS = [(256, 256, 1.0), (512, 256, 1.0), (1024, 256, 0.7), (2048, 64, 0.4)]
-Wrap = Callable[[nn.Module], Callable[..., Any]]
-
-
-def plain(layer: nn.Module):
-    return layer
-
-
-def ours(layer: nn.Module):
-    return sn_jax.linen.SpectralNorm(layer)
-
-
-def flax(layer: nn.Module):
-    return partial(nn.SpectralNorm(layer), update_stats=True)
-
-
-class Critic(nn.Module):
-    """Three hidden layers, as RL has them."""
-
-    wrap: Wrap
-    width: int
-
-    @nn.compact
-    def __call__(self, x):
-        for _ in range(3):
-            x = nn.relu(self.wrap(nn.Dense(self.width))(x))
-        return nn.Dense(1)(x)
-
-
-class Discriminator(nn.Module):
-    """SN-GAN's standard CNN (Miyato et al. 2018, table 3)."""
-
-    wrap: Wrap
-
-    @nn.compact
-    def __call__(self, x):
-        x = nn.leaky_relu(self.wrap(nn.Conv(64, (3, 3)))(x), 0.1)
-        for width in (64, 128, 256):
-            x = nn.leaky_relu(self.wrap(nn.Conv(width, (4, 4), 2))(x), 0.1)
-            x = nn.leaky_relu(self.wrap(nn.Conv(2 * width, (3, 3)))(x), 0.1)
-        return self.wrap(nn.Dense(1))(x.reshape(len(x), -1))
-
-
-class Block(nn.Module):
-    """A transformer block of ViT-B."""
-
-    wrap: Wrap
-
-    @nn.compact
-    def __call__(self, x):
-        x = x + self.wrap(nn.MultiHeadDotProductAttention(12))(nn.LayerNorm()(x))
-        y = nn.gelu(self.wrap(nn.Dense(4 * x.shape[-1]))(nn.LayerNorm()(x)))
-        return x + self.wrap(nn.Dense(x.shape[-1]))(y)
 
 
 def rows(quick: bool) -> Iterator[list[Row]]:
@@ -87,7 +41,7 @@ def rows(quick: bool) -> Iterator[list[Row]]:
     x = jax.random.normal(jax.random.key(1), (256, 256))
     yield [added("10 critics, width 256, batch 256", partial(ensemble, width=256), x, 1.0)]
     x = jax.random.normal(jax.random.key(1), (4, 197, 768))
-    yield [added("ViT-B block, 4 x 197 tokens", Block, x, 0.4)]
+    yield [added("ViT-B block, 4 x 197 tokens", TransformerBlock, x, 0.4)]
     images = jax.random.normal(jax.random.key(1), (64, 32, 32, 3))
     yield [added("SN-GAN discriminator, batch 64", Discriminator, images, None, most=1.03)]
 
@@ -108,8 +62,8 @@ def added(
       target: the part of what flax adds that is aimed at; or
       most: the largest ratio of our step to the one without.
     """
-    calls = {name: train_step(model(wrap=wrap), x)
-             for name, wrap in [("plain", plain), ("ours", ours), ("flax", flax)]}  # fmt: skip
+    wraps = {"plain": plain, "ours": by_sn_jax, "flax": by_flax}
+    calls = {name: train_step(model(wrap=wrap), x) for name, wrap in wraps.items()}
     for call in calls.values():
         call()
     start = interleaved(calls, rounds=1)

@@ -1,0 +1,74 @@
+"""PyTorch takes turns: the other end of the pipe to torch_peer.py."""
+
+import importlib.util
+import os
+import pickle
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+APIS = {"torch hook": "hook", "torch parametrization": "parametrization"}
+
+
+class TorchClient:
+    """A started server."""
+
+    def __init__(self, process: subprocess.Popen):
+        self._process = process
+        self.version = self._receive()
+
+    def load(self, api: str, weights: list[np.ndarray], cotangents: list[np.ndarray]) -> None:
+        self.ask("load", api, weights, cotangents)
+
+    def seconds(self, step: str, api: str) -> float:
+        """Of one step, "forward" or "forward + backward", in its process."""
+        seconds = self.ask(step, api)
+        # OpenMP's threads spin on for some milliseconds, which whoever is next would pay for.
+        time.sleep(0.01)
+        return seconds
+
+    def ask(self, *message: Any) -> Any:
+        pickle.dump(message, self._process.stdin)
+        self._process.stdin.flush()
+        return self._receive()
+
+    def _receive(self) -> Any:
+        return pickle.load(self._process.stdout)
+
+
+@contextmanager
+def torch_client() -> Iterator[TorchClient | None]:
+    """The client; None, and a line on stderr that says why, where there is no torch.
+
+    The interpreter is that of SN_BENCH_TORCH_PYTHON, or this one.
+    """
+    python = os.environ.get("SN_BENCH_TORCH_PYTHON")
+    if python is None and importlib.util.find_spec("torch"):
+        python = sys.executable
+    if python is None:
+        print("no torch here: its rows are left out (name an interpreter that has it by "
+              "SN_BENCH_TORCH_PYTHON)", file=sys.stderr)  # fmt: skip
+        yield None
+        return
+    device = "cuda" if jax.default_backend() == "gpu" else "cpu"
+    command = [python, str(Path(__file__).with_name("torch_peer.py")), device]
+    try:
+        process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    except OSError as error:
+        print(f"torch is left out: {python}: {error.strerror}", file=sys.stderr)
+        yield None
+        return
+    with process:
+        try:
+            client = TorchClient(process)
+        except EOFError:
+            print(f"torch is left out: {python} has none that works", file=sys.stderr)
+            client = None
+        yield client

@@ -1,0 +1,191 @@
+"""How closely sigma follows moving weights, and what an update, a start and a calibration cost."""
+
+from collections.abc import Iterable, Iterator
+from functools import partial
+from itertools import pairwise
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from scipy.sparse.linalg import svds
+
+import sn_jax
+from experiments import data
+from experiments.bench.timing import Row, compare, interleaved
+
+DRIFT = 0.02
+BURN_IN = 20
+KEY = jax.random.key(0)
+
+
+def rows(quick: bool) -> Iterator[list[Row]]:
+    """Drifting Gaussians by size, then a recorded training."""
+    for size in (256,) if quick else (512, 2048):
+        yield from _drift(size, steps=30 if quick else 50, large=size >= 2048)
+    yield training(200 if quick else 600)
+
+
+def _drift(size: int, steps: int, large: bool) -> Iterator[list[Row]]:
+    case = f"{size}x{size}, {DRIFT:.0%} drift"
+    params = {"kernel": gaussian(size)}
+    errors, updates = {}, {}
+    for k in (1, 4):
+        path = ({"kernel": w} for w in walk(params["kernel"], BURN_IN + steps))
+        errors[k] = np.mean(relative_errors(path, k)["kernel"][BURN_IN:])
+        updates[f"n_vectors={k}"] = Updates(params, k)
+    yield [error_row(case, errors, 4, target=1 / 8)]
+
+    target = 1.2 if jax.default_backend() == "gpu" else 1.6
+    seconds = interleaved(updates, rounds=20)
+    yield compare(
+        "tracking", f"{case}, update with n_vectors=4", seconds, ours="n_vectors=4",
+        targets={"n_vectors=1": target} if large else None,
+    )  # fmt: skip
+
+    state = sn_jax.init(params, KEY)
+    calls = {
+        "init, 15 warm-up steps": partial(sn_jax.init, params, KEY),
+        "calibrate": partial(sn_jax.calibrate, params, state),
+        "n_vectors=1": updates["n_vectors=1"],
+    }
+    seconds = interleaved(calls, rounds=15)
+    yield [
+        compare("tracking", f"{size}x{size}, {name}", {name: seconds[name], "one update": one},
+                ours=name)[0]
+        for one in [seconds["n_vectors=1"]]
+        for name in list(calls)[:2]
+    ]  # fmt: skip
+
+
+def gaussian(size: int) -> jax.Array:
+    """A square Gaussian matrix with a norm near 2."""
+    noise = np.random.default_rng(0).standard_normal((size, size), np.float32)
+    return jnp.asarray(noise / np.sqrt(np.float32(size)))
+
+
+def walk(w: jax.Array, steps: int) -> Iterator[jax.Array]:
+    """A random walk: each step is Gaussian, and DRIFT times as long as the weights.
+
+    Args:
+      w: start, which is not given.
+      steps: how many are.
+    """
+    rng = np.random.default_rng(1)
+    for _ in range(steps):
+        noise = rng.standard_normal(w.shape, np.float32)
+        w = w + noise * (DRIFT * jnp.linalg.norm(w) / np.linalg.norm(noise))
+        yield w
+
+
+class Updates:
+    """One power iteration a call, each from where the last one ended."""
+
+    def __init__(self, params: dict[str, jax.Array], n_vectors: int):
+        self._params, self.state = params, sn_jax.init(params, KEY, n_vectors=n_vectors)
+
+    def __call__(self) -> sn_jax.State:
+        self.state = _update(self._params, self.state)
+        return self.state
+
+
+@jax.jit
+def _update(params, state):
+    return sn_jax.spectral_normalize(params, state)[1]
+
+
+def relative_errors(path: Iterable[dict[str, jax.Array]], n_vectors: int) -> dict[str, list[float]]:
+    """1 - sigma / norm of every 2-D kernel, at every step of one update each.
+
+    Args:
+      path: parameters, step by step; the state is made for the first ones.
+      n_vectors: of the state.
+    """
+    state, errors = None, {}
+    for params in path:
+        state = _update(params, state or sn_jax.init(params, KEY, n_vectors=n_vectors))
+        for name, singular in state.items():
+            errors.setdefault(name, []).append(
+                abs(1 - float(singular.sigma) / true_norm(np.asarray(params[name], np.float64)))
+            )
+    return errors
+
+
+def true_norm(w: np.ndarray) -> float:
+    """By LAPACK, or ARPACK where that takes too long; no iteration of sn_jax."""
+    if min(w.shape) <= 256:
+        return np.linalg.norm(w, 2)
+    return svds(w, k=1, tol=1e-7, return_singular_vectors=False, rng=0)[0]
+
+
+def error_row(case: str, errors: dict[int, float], n_vectors: int, target: float | None) -> Row:
+    """Mean error with more vectors over that with one.
+
+    Args:
+      case: for the row.
+      errors: number of vectors -> mean error.
+      n_vectors: which of them.
+      target: of the ratio.
+    """
+    return Row(
+        "tracking", f"{case}, n_vectors={n_vectors}", "mean error of sigma", errors[n_vectors],
+        errors[1], "n_vectors=1", errors[n_vectors] / errors[1], target=target,
+    )  # fmt: skip
+
+
+def training(steps: int) -> list[Row]:
+    """Kernels recorded while a small network learns the digits; each number of vectors sees
+    the same ones.
+
+    Args:
+      steps: of Adam.
+    """
+    recorded = record(steps)
+    errors = {}
+    for k in (1, 2, 4):
+        found = relative_errors(recorded, k)
+        errors[k] = float(np.mean([values[BURN_IN:] for values in found.values()]))
+    return [
+        error_row(f"{steps} steps on the digits", errors, k, target)
+        for k, target in [(2, None), (4, 1 / 8)]
+    ]
+
+
+def record(steps: int) -> list[dict[str, jax.Array]]:
+    """The raw kernels after every step of a normalized network, 64-256-256-10.
+
+    Args:
+      steps: of Adam at 1e-3, batches of 64.
+    """
+    images, labels = data.load("digits", "train")
+    images = jnp.asarray(images.reshape(len(images), -1) / 255, jnp.float32)
+    rng = np.random.default_rng(0)
+    sizes = [64, 256, 256, 10]
+    params = {
+        f"{i}/kernel": jnp.asarray(rng.standard_normal(shape) * np.sqrt(2 / shape[0]), jnp.float32)
+        for i, shape in enumerate(pairwise(sizes))
+    }
+    tx = optax.adam(1e-3)
+    state, opt_state = sn_jax.init(params, KEY), tx.init(params)
+
+    @jax.jit
+    def step(params, state, opt_state, x, y):
+        def loss(params):
+            normalized, new_state = sn_jax.spectral_normalize(params, state, bound=2.0)
+            *hidden, last = normalized.values()
+            h = x
+            for w in hidden:
+                h = jax.nn.relu(h @ w)
+            losses = optax.softmax_cross_entropy_with_integer_labels(h @ last, y)
+            return losses.mean(), new_state
+
+        grads, state_ = jax.grad(loss, has_aux=True)(params)
+        updates, opt_state_ = tx.update(grads, opt_state)
+        return optax.apply_updates(params, updates), state_, opt_state_
+
+    recorded = []
+    for _ in range(steps):
+        rows = rng.integers(len(images), size=64)
+        params, state, opt_state = step(params, state, opt_state, images[rows], labels[rows])
+        recorded.append(params)
+    return recorded

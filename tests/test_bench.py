@@ -1,0 +1,293 @@
+"""The benchmark's tables and bookkeeping, and what must hold of compiled programs on any machine.
+
+No times here. The programs are XLA's for CPUs, read as text.
+"""
+
+import inspect
+import json
+import math
+import re
+from typing import get_args
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers import count_compilations
+
+import sn_jax
+from experiments.bench import __main__ as bench
+from experiments.bench import compile as compile_suite
+from experiments.bench import plots, scaling, tracking, transform, trees
+from experiments.bench.timing import Elsewhere, Row, compare, interleaved
+from experiments.bench.torch_client import torch_client
+from sn_jax import Matrix
+
+pytestmark = pytest.mark.float32
+KEY = jax.random.key(0)
+ROWS = [
+    Row("a", "small", "ms", 1.0, 2.0, "flax", 0.5, (0.4, 0.6), target=0.8),
+    Row("a", "large", "ms", 3.0, 2.0, "haiku", 1.5, (1.4, 1.6), target=1.0),
+    Row("b", "alone", "MB", 12.345),
+    Row("b", "nothing added", "MB added", 0.0, 4.0, "all kernels", 0.0, target=0.05),
+]
+
+
+# Rows, table, JSON, pictures.
+
+
+@pytest.mark.parametrize(
+    ("ratio", "spread", "target", "within", "met"),
+    [
+        (0.9, (0.8, 1.1), 1.0, False, True),
+        (1.1, (0.9, 1.2), 1.0, False, False),
+        (1.1, (0.9, 1.2), 1.0, True, True),
+        (1.1, (1.05, 1.2), 1.0, True, False),
+        (1.1, None, 1.0, True, False),
+        (1.1, (0.9, 1.2), None, True, None),
+    ],
+)
+def test_met(ratio, spread, target, within, met):
+    assert Row("s", "c", "ms", 1, 1, "p", ratio, spread, target, within).met is met
+
+
+def test_table():
+    title, empty, head, *lines = bench.table(ROWS).splitlines()
+    assert bench.device() in title
+    assert not empty
+    assert head.split()[:4] == ["ratio", "quartiles", "target", "ours"]
+    assert [line.split() for line in lines] == [
+        ["0.500", "0.400-0.600", "<=", "0.8", "met", "1", "2", "ms", "a:", "small", "flax"],
+        ["1.500", "1.400-1.600", "<=", "1", "MISSED", "3", "2", "ms", "a:", "large", "haiku"],
+        ["12.35", "MB", "b:", "alone"],
+        ["0.000", "<=", "0.05", "met", "0", "4", "MB", "added", "b:", "nothing", "added", "all",
+         "kernels"],
+    ]  # fmt: skip
+
+
+def test_json():
+    *rows, about = json.loads(json.dumps(bench.as_json(ROWS), allow_nan=False))
+    assert about.keys() == {"device", "versions", "commit"}
+    promised = {"suite", "case", "metric", "ours", "peer", "peer_name", "ratio", "target", "met"}
+    assert all(promised <= row.keys() for row in rows)
+    assert [row["met"] for row in rows] == [True, False, None, True]
+    assert rows[2]["ratio"] is None
+
+
+def test_pictures(tmp_path):
+    plots.save_ratios(tmp_path / "ratios.png", ROWS, "a device")
+    curve = [Row("scaling", f"{kind} {n}", "ms", n, n / 2, "floor", 2.0)
+             for kind in ("matrix", "leaves") for n in (64, 128)]  # fmt: skip
+    rows = [*ROWS, *curve, scaling.growth(*curve[-2:])]
+    plots.save_scaling(tmp_path / "curves.png", rows, "a device")
+    plots.save_scaling(tmp_path / "part.png", curve[:2], "a device")
+    assert len(list(tmp_path.glob("*.png"))) == 3
+
+
+def test_every_suite_is_there():
+    assert tuple(bench.SUITES) == get_args(bench.Suite)
+    for rows in bench.SUITES.values():
+        assert inspect.isgeneratorfunction(rows)
+        assert list(inspect.signature(rows).parameters) == ["quick"]
+
+
+# Times.
+
+
+def test_interleaved_takes_turns_and_drops_the_first_round():
+    order = []
+
+    def elsewhere():
+        order.append("b")
+        return float(len(order))
+
+    calls = {"a": lambda: order.append("a"), "b": Elsewhere(elsewhere)}
+    seconds = interleaved(calls, rounds=3)
+    assert order == list("abababab")
+    assert seconds["b"].tolist() == [4.0, 6.0, 8.0]  # its own times, not ours
+    assert seconds["a"].shape == (3,)
+
+
+def test_compare_pairs_rounds():
+    seconds = {"sn_jax": np.array([1.0, 2, 30]), "x": np.array([2.0, 4, 15]), "y": np.ones(3)}
+    x, y = compare("s", "c", seconds, targets={"x": 0.6}, within_spread={"y"})
+    assert (x.peer_name, x.ratio, x.spread, x.ours, x.peer) == ("x", 0.5, (0.5, 1.25), 2e3, 4e3)
+    assert (x.target, x.within_spread, y.target, y.within_spread) == (0.6, False, None, True)
+
+
+PEERS = {"haiku": 4.0, "flax.linen": 3.0, "torch hook": 5.0}
+
+
+def floor_rows(ours, floor, **kwargs):
+    seconds = {"sn_jax": ours, **PEERS, transform.FLOOR: floor}
+    seconds = {name: np.full(3, value) for name, value in seconds.items()}
+    return {row.peer_name: row.target for row in transform.against_floor("c", seconds, **kwargs)}
+
+
+def test_targets_of_transform():
+    found = floor_rows(2.0, 1.5, large=True, backward=True)
+    assert found == {"haiku": 1.0, "flax.linen": 0.8, "torch hook": 1.0, "bytes": 1.25}
+    assert floor_rows(2.0, 1.5, large=True, backward=False)["flax.linen"] == 1.0
+    assert floor_rows(2.0, 1.5, large=False, backward=True)["bytes"] is None
+    beaten = floor_rows(2.0, 3.5, large=True, backward=True)
+    assert "bytes" not in beaten
+    assert beaten["bytes (beaten)"] is None
+
+
+def test_what_compiling_adds():
+    seconds = {"without": np.ones(2), "flax.linen": np.array([3.0, 5]), "sn_jax": np.full(2, 2.0)}
+    instructions = {"without": 100, "flax.linen": 300, "sn_jax": 150}
+    time, size = compile_suite.added("c", "sn_jax", 0.4, seconds, instructions)
+    assert (time.ours, time.peer, time.ratio, time.met) == (1.0, 3.0, 0.375, True)
+    assert (size.ours, size.peer, size.ratio) == (50, 200, 0.25)
+    assert compile_suite.count_instructions("HloModule x\n  %a = f32[] b()\n  ROOT c = d") == 2
+
+
+def test_growth():
+    few, many = (Row("scaling", f"leaves {n}", "ms", ms) for n, ms in [(10, 2.0), (100, 30.0)])
+    assert scaling.growth(few, many).ratio == pytest.approx(1.5)
+
+
+def test_without_torch(monkeypatch, capsys):
+    for python in ("/nowhere/python", "true"):
+        monkeypatch.setenv("SN_BENCH_TORCH_PYTHON", python)
+        with torch_client() as client:
+            assert client is None
+        assert capsys.readouterr().err.count("\n") == 1
+
+
+# Data.
+
+
+def test_trees_are_as_large_as_they_say():
+    def megabytes(shapes):
+        assert list(shapes) == sorted(shapes)  # the order of the leaves
+        return sum(4 * math.prod(shape) for shape in shapes.values()) / 1e6
+
+    assert megabytes(trees.sn_gan_cnn()) == pytest.approx(12, rel=0.05)
+    assert megabytes(trees.biggan()) == pytest.approx(250, rel=0.05)
+    assert megabytes(trees.vit()) == pytest.approx(340, rel=0.01)
+
+
+def test_weights_have_a_leading_pair():
+    shapes = {"conv_00": (3, 3, 8, 16), "dense_00": (30, 20)}
+    for leaf in trees.weights(shapes).values():
+        first, second = np.linalg.svd(np.asarray(leaf["w"]).reshape(-1, leaf["w"].shape[-1]))[1][:2]
+        assert first > 2.5 * second
+
+
+def test_walk_drifts_as_it_says():
+    start = tracking.gaussian(32)
+    first, second = tracking.walk(start, 2)
+    for old, new in [(start, first), (first, second)]:
+        drift = jnp.linalg.norm(new - old) / jnp.linalg.norm(old)
+        assert float(drift) == pytest.approx(tracking.DRIFT, rel=1e-4)
+
+
+def test_true_norm_of_large_matrices():
+    w = np.random.default_rng(0).standard_normal((300, 280))
+    assert tracking.true_norm(w) == pytest.approx(np.linalg.norm(w, 2), rel=1e-9)
+
+
+# Compiled programs: what is read and written of the kernel's size.
+
+INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%?([\w.-]+) = \w+\[([\d,]*)\]\S* ([\w-]+)\((.*)$")
+# Every view whose groups of axes are contiguous, batch first.
+VIEWS = {
+    "dense": ((512, 384), Matrix()),
+    "outputs first": ((384, 512), Matrix(1, 0)),
+    "stack": ((3, 64, 48), Matrix(1, 2)),
+    "flattened convolution": ((3, 3, 32, 48), Matrix((0, 1, 2), 3)),
+    "stack of flattened convolutions": ((2, 3, 3, 16, 48), Matrix((1, 2, 3), 4)),
+    "attention query": ((64, 8, 16), Matrix(0, (1, 2))),
+    "attention out": ((8, 16, 64), Matrix((0, 1), 2)),
+}
+
+
+def instructions(hlo):
+    """(name, number of elements, operation, names of operands) of every line, arrays only."""
+    for line in hlo.splitlines():
+        if match := INSTRUCTION.match(line):
+            name, shape, operation, rest = match.groups()
+            size = math.prod(int(n) for n in shape.split(",") if n)
+            operands = re.findall(r"%([\w.-]+)", rest.split(")")[0])
+            yield name, size, operation, operands
+
+
+def kernel_sized(hlo, size):
+    """What a program does with arrays of at least ``size`` elements.
+
+    Returns:
+      dots that read one; transpose and copy of one, fused or not; arrays that are written.
+    """
+    found = list(instructions(hlo))
+    sizes = {name: n for name, n, _, _ in found}
+    dots = sum(operation == "dot" and any(sizes.get(x, 0) >= size for x in operands)
+               for _, _, operation, operands in found)  # fmt: skip
+    moves = sum(operation in ("transpose", "copy") and n >= size for _, n, operation, _ in found)
+    entry = instructions(hlo[hlo.index("\nENTRY") :])
+    free = ("parameter", "bitcast", "get-tuple-element", "tuple")
+    written = sum(n >= size and operation not in free for _, n, operation, _ in entry)
+    return dots, moves, written
+
+
+def compiled(function, *arguments):
+    return jax.jit(function).lower(*arguments).compile().as_text()
+
+
+def test_kernel_sized_sees_what_it_should():
+    w, x = jnp.ones((64, 48)), jnp.ones(48)
+
+    def program(w, x):
+        return (w @ x) @ w, w.T, w * 2
+
+    assert kernel_sized(compiled(program, w, x), w.size) == (2, 1, 2)
+
+
+def problem(name):
+    shape, view = VIEWS[name]
+    params = {"w": jax.random.normal(KEY, shape)}
+    return params, sn_jax.init(params, KEY, {"w": view}, warmup=1), math.prod(shape)
+
+
+@pytest.mark.parametrize("name", VIEWS)
+def test_forward_reads_the_kernel_twice_and_writes_one(name):
+    params, state, size = problem(name)
+    dots, moves, written = kernel_sized(compiled(sn_jax.spectral_normalize, params, state), size)
+    assert (dots, moves, written) == (2, 0, 1)
+
+
+@pytest.mark.parametrize("name", VIEWS)
+def test_an_update_writes_nothing_of_the_kernels_size(name):
+    params, state, size = problem(name)
+
+    def update(params, state):
+        return sn_jax.spectral_normalize(params, state)[1]
+
+    assert kernel_sized(compiled(update, params, state), size) == (2, 0, 0)
+
+
+@pytest.mark.parametrize("name", VIEWS)
+def test_gradient_multiplies_no_kernel_and_writes_one_array(name):
+    params, state, size = problem(name)
+
+    def step(params, state, cotangent):
+        def loss(params):
+            normalized, new_state = sn_jax.spectral_normalize(params, state)
+            return jnp.vdot(cotangent, normalized["w"]), (normalized, new_state)
+
+        return jax.grad(loss, has_aux=True)(params)
+
+    dots, _, written = kernel_sized(compiled(step, params, state, params["w"]), size)
+    assert (dots, written) == (2, 2)  # W_bar and the gradient
+
+
+@pytest.mark.parametrize("name", VIEWS)
+def test_second_call_compiles_nothing(name):
+    params, state, _ = problem(name)
+    jitted = jax.jit(sn_jax.spectral_normalize)
+    for function in (sn_jax.spectral_normalize, jitted):
+        _, state = jax.block_until_ready(function(params, state))
+        with count_compilations() as compiled:
+            jax.block_until_ready(function(params, state))
+        assert not compiled
