@@ -313,9 +313,9 @@ _PRODUCT = ("dot_general", "dot_general_cls", "promote_dtype", "preferred_elemen
 def scales_product(layer: Any, stock: Any, arrays: list[Any], dtype: Any) -> bool:
     """Whether ``normalized_product`` gives a Flax layer the same as its kernel scaled, cheaper.
 
-    The same: float32 throughout, with the stock layer's product and promotion. Cheaper: fewer
-    rows than outputs, so that a copy of x is smaller than one of the kernel. On a CPU only:
-    elsewhere products are less precise by default, and rows may be split over devices.
+    The same: float32 throughout, with the stock layer's product and promotion; accelerators round
+    a kernel to less in their default precision. Cheaper: not many more rows than inputs, so that
+    a product of outputs and their gradient costs less than one of kernels.
 
     Args:
       layer: the dense layer, of the stock layer's own type.
@@ -328,8 +328,8 @@ def scales_product(layer: Any, stock: Any, arrays: list[Any], dtype: Any) -> boo
         and {getattr(array, "dtype", None) for array in arrays} == {jnp.dtype(jnp.float32)}
         and jnp.dtype(dtype or jnp.float32) == jnp.float32
         and kernel.ndim == 2
-        and 0 < x.size // max(1, x.shape[-1]) < kernel.shape[1]
-        and jax.default_backend() == "cpu"
+        and 0 < x.size // max(1, x.shape[-1]) <= 2 * kernel.shape[0]
+        and (jax.default_backend() == "cpu" or layer.precision == lax.Precision.HIGHEST)
     )
 
 
@@ -339,27 +339,18 @@ def normalized_product(
 ) -> tuple[Array, Singular]:
     """(x @ W_bar, state after ``n_steps >= 1``) of a dense kernel, without writing W_bar.
 
-    The product is scaled instead of the kernel, and v rides along as one more row of x: that
-    row of the product is ``A v``, and in the backward pass it adds ``u v^T`` to the gradient, for
-    one row's work where kernel-sized arrays would be read and written.
+    The product is scaled instead of the kernel. So in the backward pass ``<G, W_bar>`` comes from
+    outputs instead of kernels, and only ``u v^T`` is added to the kernel's gradient.
 
     Args:
       x: (..., in), float32 as w is.
       w: (in, out).
       singular: one pair of vectors, with the view ``Matrix(0, 1)``.
     """
-    apply = singular.view.matvec
-    u, v = (lax.stop_gradient(z).astype(w.dtype) for z in (singular.u, singular.v))
-    if n_steps > 1:
-        steps = partial(_power.iterate, n_steps=n_steps - 1, batch_ndim=0)
-        _, u, v = steps(apply, lax.stop_gradient(w), u, v)
-    v = _power.right_half_step(apply, w, u, v, 0)
-    rows = jnp.concatenate([x.reshape(-1, x.shape[-1]), v])
-    y = lax.dot_general(rows, w, (((1,), (0,)), ((), ())), precision=precision)
-    sigma, u = _power.left_half_step(y[-1:], u, 0)
+    sigma, u, v = _run(partial(_power.iterate, n_steps=n_steps), w, singular)
     value, factor = _factor(sigma, bound, mode, gradient)
-    y = (y[:-1] * factor).reshape(*x.shape[:-1], w.shape[1])
-    return y, _updated(singular, value, u, v)
+    y = lax.dot_general(x, w, (((x.ndim - 1,), (0,)), ((), ())), precision=precision)
+    return y * factor, _updated(singular, value, u, v)
 
 
 @jax.jit

@@ -219,18 +219,8 @@ def _finish(apply, w, u, v, z, batch_ndim) -> PowerResult:
         along = jnp.sum(v * v_old, tuple(range(batch_ndim + 1, v.ndim)))
         sign = jnp.where(along < 0, -jnp.ones_like(along), jnp.ones_like(along))
         v, y = v * _expand(sign, v), y * _expand(sign, y)
-    return PowerResult(*left_half_step(y, u, batch_ndim), v)
-
-
-def right_half_step(apply, w, u, v, batch_ndim) -> Array:
-    """v from the direction of ``A^T u``, a constant of the gradient; the one there was if none."""
-    return _orthonormal(_adjoint(apply, lax.stop_gradient(w), v, batch_ndim)(u), v, batch_ndim)
-
-
-def left_half_step(y, u, batch_ndim) -> tuple[Array, Array]:
-    """(sigma, u) from ``y = A v``; sigma is differentiable through y."""
     u = unit(lax.stop_gradient(y), u, batch_ndim + 1)
-    return _sigma(u, y, batch_ndim), u
+    return PowerResult(_sigma(u, y, batch_ndim), u, v)
 
 
 def _sigma(u: Array, y: Array, batch_ndim: int) -> Array:
