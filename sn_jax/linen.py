@@ -414,6 +414,7 @@ class SpectralNorm(nn.Module):
         layer, path, view = self.layer_instance, "kernel", Matrix(0, 1)
         kernel = meta.unbox(layer.get_variable("params", path))
         state = self._stored(path, kernel, view)
+        _core.weights_of({path: kernel}, {path: state})  # a state of another shape is said so
         bound = _core.bounds_by_path(self.bound, {path: state})[path]
         stored = []
 

@@ -343,6 +343,7 @@ class SpectralNorm(nnx.Module):
     def _product(self, x, update_stats):
         layer, ((name, view),) = self.layer_instance, self.views
         state = self._stored(name, layer.kernel[...], view)
+        _core.weights_of({name: layer.kernel[...]}, {name: state})  # shapes checked, as elsewhere
         bound = _core.bounds_by_path(self.bound, {name: state})[name]
         stored = []
 
