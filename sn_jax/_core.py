@@ -310,7 +310,7 @@ def _factor(sigma, bound, mode, gradient):
 _PRODUCT = ("dot_general", "dot_general_cls", "promote_dtype", "preferred_element_type")
 
 
-def scales_product(layer: Any, stock: Any, arrays: list[Any], dtype: Any) -> bool:
+def scales_product(layer: Any, stock: Any, arrays: list[Any]) -> bool:
     """Whether ``normalized_product`` gives a Flax layer the same as its kernel scaled, cheaper.
 
     The same: float32 throughout, with the stock layer's product and promotion; accelerators round
@@ -323,10 +323,9 @@ def scales_product(layer: Any, stock: Any, arrays: list[Any], dtype: Any) -> boo
     """
     x, kernel = arrays[:2]
     return (
-        type(layer) is type(stock)
-        and all(getattr(layer, name, None) == getattr(stock, name, None) for name in _PRODUCT)
+        all(getattr(layer, name, None) == getattr(stock, name, None) for name in _PRODUCT)
         and {getattr(array, "dtype", None) for array in arrays} == {jnp.dtype(jnp.float32)}
-        and jnp.dtype(dtype or jnp.float32) == jnp.float32
+        and jnp.dtype(layer.dtype or jnp.float32) == jnp.float32
         and kernel.ndim == 2
         and 0 < x.size // max(1, x.shape[-1]) <= 2 * kernel.shape[0]
         and (jax.default_backend() == "cpu" or layer.precision == lax.Precision.HIGHEST)

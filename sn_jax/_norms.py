@@ -259,7 +259,7 @@ def _checked(w, view: View, rtol: float) -> tuple[np.ndarray, Shape]:
             f"{bad} of {w.size} weights of shape {w.shape} are not finite: no norm to bound."
         )
     batch = view.batch_shape(w.shape)
-    if not isinstance(view, Matrix):
+    if not isinstance(view, Matrix | Conv):
         with on_host():
             check_linear(view, jnp.asarray(w), in_w=False)
     return w, batch

@@ -331,6 +331,10 @@ class SpectralNorm(nn.Module):
         return self._run(args, kwargs, update_stats)
 
     @property
+    def _steps(self) -> int:
+        return self.n_steps or (15 if self.stateless else 1)
+
+    @property
     def _layer(self) -> str:
         return f"{type(self.layer_instance).__name__} ({self.layer_instance.name})"
 
@@ -407,7 +411,7 @@ class SpectralNorm(nn.Module):
             return False
         names = ("kernel", "bias") if layer.use_bias else ("kernel",)
         params = [meta.unbox(layer.get_variable("params", name)) for name in names]
-        return _core.scales_product(layer, nn.Dense(0), [*args, *params], layer.dtype)
+        return _core.scales_product(layer, nn.Dense(0), [*args, *params])
 
     @nn.nowrap
     def _product(self, args, kwargs, update_stats):
@@ -421,7 +425,7 @@ class SpectralNorm(nn.Module):
         def product(x, kernel, _, precision=None, **__):
             y, new = _core.normalized_product(
                 x, kernel, state, bound,
-                n_steps=self.n_steps or (15 if self.stateless else 1),
+                n_steps=self._steps,
                 mode=self.mode, gradient=self.gradient, precision=precision,
             )  # fmt: skip
             stored.append(new)
@@ -443,7 +447,7 @@ class SpectralNorm(nn.Module):
         state = {path: self._stored(path, params[path], view) for path, view in found.items()}
         normalized, new_state = _core.spectral_normalize(
             {path: params[path] for path in found}, state,
-            n_steps=self.n_steps or (15 if self.stateless else 1),
+            n_steps=self._steps,
             bound=self.bound, mode=self.mode, gradient=self.gradient,
         )  # fmt: skip
         for path, view in found.items():

@@ -338,7 +338,7 @@ class SpectralNorm(nnx.Module):
         if not (plain and type(layer) is nnx.Linear and self.views == (("kernel", Matrix(0, 1)),)):
             return False
         params = [layer.kernel[...]] + ([layer.bias[...]] if layer.use_bias else [])
-        return _core.scales_product(layer, _stock_linear(), [*args, *params], layer.dtype)
+        return _core.scales_product(layer, _stock_linear(), [*args, *params])
 
     def _product(self, x, update_stats):
         layer, ((name, view),) = self.layer_instance, self.views

@@ -64,8 +64,6 @@ def added(
     """
     wraps = {"plain": plain, "ours": by_sn_jax, "flax": by_flax}
     calls = {name: train_step(model(wrap=wrap), x) for name, wrap in wraps.items()}
-    for call in calls.values():
-        call()
     start = interleaved(calls, rounds=1)
     seconds = interleaved(calls, rounds=int(np.clip(20 / start["plain"][0] / 3, 5, 400)))
     percent = {name: 100 * (np.median(seconds[name] / seconds["plain"]) - 1) for name in calls}
