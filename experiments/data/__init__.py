@@ -7,8 +7,9 @@ from typing import Literal, get_args
 import numpy as np
 
 from experiments.cli import UserError
+from experiments.data.fetch import fetch
 from experiments.data.folder import read_folder
-from experiments.data.official import SOURCES, Images, Source, fetch
+from experiments.data.official import SOURCES, Images, ImageSource
 
 __all__ = ["Dataset", "Split", "default_data_dir", "load", "read_folder"]
 
@@ -21,7 +22,7 @@ def load(
     split: str,
     data_dir: Path | None = None,
     *,
-    sources: Mapping[str, Source] = SOURCES,
+    sources: Mapping[str, ImageSource] = SOURCES,
 ) -> Images:
     """Load one split of a data set; what is not there yet is fetched, and verified.
 

