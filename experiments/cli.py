@@ -58,11 +58,16 @@ def commit() -> str | None:
         return None
 
 
-def write_text(path: Path, text: str) -> None:
+def write_bytes(path: Path, content: bytes) -> None:
     """Replace a file as a whole: a kill leaves the old one or the new one, never half of it."""
     partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text)
+    partial.write_bytes(content)
     os.replace(partial, path)
+
+
+def write_text(path: Path, text: str) -> None:
+    """``write_bytes`` of the text in UTF-8."""
+    write_bytes(path, text.encode())
 
 
 def aligned(rows: list[list[Any]]) -> str:

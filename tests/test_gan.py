@@ -199,10 +199,6 @@ def test_digits_are_split_once_and_for_all():
     assert not {x.tobytes() for x in train} & {x.tobytes() for x in test}
     assert np.bincount(test_labels).min() >= 43
     assert len(train_labels) == 1347
-    with pytest.raises(ValueError, match="Unknown data set 'cifar': choose from digits"):
-        load("cifar", "train")
-    with pytest.raises(ValueError, match="Unknown split 'valid': choose from train, test"):
-        load("digits", "valid")
 
 
 def gaussian(rng, mean, covariance_root, n):
