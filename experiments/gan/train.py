@@ -17,7 +17,6 @@ from flax.traverse_util import flatten_dict
 from jax import Array, lax
 
 import sn_jax.linen
-from experiments.data import Dataset
 from experiments.gan.methods import METHODS, Batch
 from experiments.gan.networks import ARCHITECTURES
 
@@ -54,10 +53,11 @@ class Config:
     preset: Literal["demo", "cnn-authors", "resnet", "resnet-authors"] = "demo"
     """Options to start from; those given beside it replace the preset's. Each but the demo is
     for 32x32 images: give --dataset."""
-    dataset: Dataset = "digits"
-    """Real images: scikit-learn's 8x8 handwritten digits, which need no download."""
+    dataset: str = "digits"
+    """Real images: digits (scikit-learn's of 8x8 pixels, which need no download), mnist,
+    fashion-mnist, cifar10, or a folder of images; its sub-folders are the classes."""
     data_dir: Path | None = None
-    """Where downloaded data sets are kept."""
+    """Where the files of data sets lie or shall lie; the user's cache if not given."""
     size: int | None = None
     """Side of the images; larger ones are resized, smaller ones padded with zeros.
     By default the first size from theirs on that the networks fit."""
