@@ -272,14 +272,7 @@ def make_training(
     config: Config, image_shape: tuple[int, int, int], n_classes: int = 1
 ) -> Training:
     """The run's functions for images of shape (size, size, channels)."""
-    program = _compiled(
-        _Program(
-            config.architecture, image_shape, n_classes, config.conditional, config.width,
-            config.normalization, config.loss, config.batch_size,
-            config.g_batch_size or config.batch_size, config.ema is not None, config.flip,
-            config.dtype,
-        )
-    )  # fmt: skip
+    program = compiled(Program.of(config, image_shape, n_classes))
     adam, strength = config.adam(), config.strength or METHODS[config.normalization].strength
     hyper = Hyper(
         learning_rate=adam.learning_rate,
@@ -307,7 +300,7 @@ def make_training(
     )
 
 
-class _Program(NamedTuple):
+class Program(NamedTuple):
     """What the compiled functions depend on."""
 
     architecture: str
@@ -323,6 +316,23 @@ class _Program(NamedTuple):
     flip: bool
     dtype: str
 
+    @classmethod
+    def of(cls, config: Config, image_shape: tuple[int, int, int], n_classes: int) -> "Program":
+        return cls(
+            architecture=config.architecture,
+            image_shape=image_shape,
+            n_classes=n_classes,
+            conditional=config.conditional,
+            width=config.width,
+            method=config.normalization,
+            loss=config.loss,
+            batch_size=config.batch_size,
+            g_batch_size=config.g_batch_size or config.batch_size,
+            ema=config.ema is not None,
+            flip=config.flip,
+            dtype=config.dtype,
+        )
+
 
 class _Functions(NamedTuple):
     init: Callable[[Hyper, Array], State]
@@ -333,8 +343,9 @@ class _Functions(NamedTuple):
     spectra: Callable[[State], tuple[dict[str, Array], dict[str, Array]]]
 
 
-@lru_cache(maxsize=4)
-def _compiled(program: _Program) -> _Functions:
+@lru_cache(maxsize=16)
+def compiled(program: Program) -> _Functions:
+    """The functions of all runs whose programs are equal."""
     size, _, channels = program.image_shape
     method, loss = METHODS[program.method], LOSSES[program.loss]
     networks = ARCHITECTURES[program.architecture]
