@@ -254,7 +254,8 @@ class Training(NamedTuple):
     init: Callable[[Array], State]
     """A fresh state from a key."""
     step: Callable[[State, Data], tuple[State, dict[str, Array]]]
-    """n_dis discriminator updates and one generator update, a dispatch each; the last losses."""
+    """n_dis discriminator updates, a dispatch each, the last one with the generator's; the losses
+    of these two."""
     steps: Callable[[State, Data, int], tuple[State, dict[str, Array]]]
     """So many of these steps in one dispatch."""
     sample: Callable[[State, Array, Array], Array]
@@ -286,10 +287,10 @@ def make_training(
     hyper = Hyper(*(np.asarray(x, np.int32 if isinstance(x, int) else np.float32) for x in hyper))
 
     def step(state, data):
-        for i in range(adam.n_dis):
-            state, d_loss = program.discriminator_step(hyper, state, data, np.int32(i))
-        state, g_loss = program.generator_step(hyper, state)
-        return state, {"loss_d": d_loss, "loss_g": g_loss}
+        *first, last = (np.int32(i) for i in range(adam.n_dis))
+        for i in first:
+            state, _ = program.discriminator_step(hyper, state, data, i)
+        return program.last_step(hyper, state, data, last)
 
     return Training(
         init=partial(program.init, hyper),
@@ -337,7 +338,8 @@ class Program(NamedTuple):
 class _Functions(NamedTuple):
     init: Callable[[Hyper, Array], State]
     discriminator_step: Callable[[Hyper, State, Data, Array], tuple[State, Array]]
-    generator_step: Callable[[Hyper, State], tuple[State, Array]]
+    last_step: Callable[[Hyper, State, Data, Array], tuple[State, dict[str, Array]]]
+    """The last discriminator update of a step, and the generator's."""
     steps: Callable[[Hyper, State, Data, Array], tuple[State, dict[str, Array]]]
     sample: Callable[[State, Array, Array], Array]
     spectra: Callable[[State], tuple[dict[str, Array], dict[str, Array]]]
@@ -458,20 +460,22 @@ def compiled(program: Program) -> _Functions:
             step=state.step + 1, g_params=g_params, g_stats=g_stats, g_opt=g_opt, g_ema=g_ema
         ), value
 
+    def last_step(hyper, state, data, i):
+        state, d_loss = discriminator_step(hyper, state, data, i)
+        state, g_loss = generator_step(hyper, state)
+        return state, {"loss_d": d_loss, "loss_g": g_loss}
+
     @partial(jax.jit, donate_argnames="state")
     def steps(hyper, state, data, n):
-        def discriminator_steps(state):
-            return lax.fori_loop(
-                0,
-                hyper.n_dis,
-                lambda i, carry: discriminator_step(hyper, carry[0], data, i),
-                (state, jnp.zeros(())),
-            )
-
         def one(_, carry):
-            state, d_loss = discriminator_steps(carry[0])
-            state, g_loss = generator_step(hyper, state)
-            return state, {"loss_d": d_loss, "loss_g": g_loss}
+            state, _ = carry
+            state = lax.fori_loop(
+                0,
+                hyper.n_dis - 1,
+                lambda i, state: discriminator_step(hyper, state, data, i)[0],
+                state,
+            )
+            return last_step(hyper, state, data, hyper.n_dis - 1)
 
         losses = {"loss_d": jnp.zeros(()), "loss_g": jnp.zeros(())}
         return lax.fori_loop(0, n, one, (state, losses))
@@ -490,7 +494,7 @@ def compiled(program: Program) -> _Functions:
     return _Functions(
         init=init,
         discriminator_step=jax.jit(discriminator_step, donate_argnums=1),
-        generator_step=jax.jit(generator_step, donate_argnums=1),
+        last_step=jax.jit(last_step, donate_argnums=1),
         steps=steps,
         sample=sample,
         spectra=spectra,
