@@ -13,7 +13,7 @@ def save_samples(path: Path, fake: np.ndarray, real: np.ndarray, title: str) -> 
 
     Args:
       path: of the PNG file.
-      fake: (n >= 100, h, w, c) in [-1, 1]; the first hundred are shown, none are chosen.
+      fake: (n, h, w, c) in [-1, 1]; the first hundred are shown, none are chosen.
       real: likewise.
       title: what was run.
     """
@@ -24,6 +24,7 @@ def save_samples(path: Path, fake: np.ndarray, real: np.ndarray, title: str) -> 
     ):
         # A border between the images; nearest-neighbour, so that single pixels can be seen.
         tiles = np.pad(images[:100] / 2 + 0.5, [(0, 0), (1, 0), (1, 0), (0, 0)])
+        tiles = np.pad(tiles, [(0, 100 - len(tiles)), *(3 * [(0, 0)])])
         _, h, w, c = tiles.shape
         grid = tiles.reshape(10, 10, h, w, c).swapaxes(1, 2).reshape(10 * h, 10 * w, c)
         grid = np.pad(grid, [(0, 1), (0, 1), (0, 0)])
