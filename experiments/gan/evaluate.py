@@ -10,6 +10,8 @@ import optax
 from flax import linen as nn
 from jax import Array
 
+from experiments.metrics.distances import frechet_distance
+
 N_SAMPLES = 2000
 
 Judge = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
@@ -71,27 +73,6 @@ def train_classifier(images: np.ndarray, labels: np.ndarray, *, epochs: int = 15
         return jax.nn.softmax(logits), features
 
     return lambda x: jax.device_get(judge(x))
-
-
-def frechet_distance(x: np.ndarray, y: np.ndarray) -> float:
-    """Squared Fréchet distance between Gaussians fitted to two sets of features.
-
-    ``|mu_x - mu_y|^2 + tr(C_x + C_y - 2 (C_x C_y)^(1/2))``, the quantity called FID when the
-    features are Inception's (Heusel et al. 2017, equation 6). With ``C = R R^T`` the trace of
-    the root is the sum of singular values of ``R_x^T R_y``: stable without full rank.
-
-    Args:
-      x: (n, d).
-      y: (m, d).
-    """
-    means, roots = [], []
-    for features in (np.asarray(x, np.float64), np.asarray(y, np.float64)):
-        values, vectors = np.linalg.eigh(np.cov(features, rowvar=False))
-        means.append(features.mean(0))
-        roots.append(vectors * np.sqrt(np.maximum(values, 0)))
-    traces = sum(np.sum(root**2) for root in roots)
-    cross = np.linalg.svd(roots[0].T @ roots[1], compute_uv=False).sum()
-    return float(np.sum((means[0] - means[1]) ** 2) + traces - 2 * cross)
 
 
 def quality(
