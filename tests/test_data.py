@@ -270,6 +270,8 @@ def test_a_folder_that_cannot_be_used(tmp_path):
     line = refused("cifar10", tmp_path / "file", sources=small("http://127.0.0.1:9/"))
     assert f"{tmp_path / 'file'} cannot be used" in line
     assert (tmp_path / "file").read_text() == "mine"
+    (tmp_path / "cifar-10-batches-bin" / "data_batch_1.bin").mkdir(parents=True)
+    assert "data_batch_1.bin" in refused("cifar10", tmp_path, sources=small("http://127.0.0.1:9/"))
 
 
 # --- Mirror packages ------------------------------------------------------------------------

