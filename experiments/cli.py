@@ -21,8 +21,10 @@ class UserError(Exception):
     """What the user can put right: one sentence that says what is wrong and what to do."""
 
 
-def parse(config: type[T], prog: str, args: list[str]) -> T:
+def parse(config: type[T], prog: str, args: list[str], default: T | None = None) -> T:
     """The options; a wrong one becomes one line instead of tyro's box.
+
+    Those that are not given are ``default``'s, or those of ``config()``.
 
     Raises:
       UserError: an option that is unknown, or a value that ``config`` refuses.
@@ -30,7 +32,7 @@ def parse(config: type[T], prog: str, args: list[str]) -> T:
     box = io.StringIO()
     try:
         with contextlib.redirect_stderr(box):
-            return tyro.cli(config, prog=prog, args=args)
+            return tyro.cli(config, prog=prog, args=args, default=default)
     except SystemExit as stop:
         if not stop.code:  # --help
             raise

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
+from itertools import islice
 from typing import Any
 
 import jax
@@ -10,6 +11,7 @@ import optax
 from flax import linen as nn
 from jax import Array
 
+from experiments.gan.train import scaled
 from experiments.metrics.distances import frechet_distance
 
 N_SAMPLES = 2000
@@ -30,23 +32,26 @@ class Classifier(nn.Module):
         return nn.Dense(self.n_classes)(features), features
 
 
-def train_classifier(images: np.ndarray, labels: np.ndarray, *, epochs: int = 15) -> Judge:
+def train_classifier(images: np.ndarray, labels: np.ndarray) -> Judge:
     """Train the classifier, always with the same seed: one judge for every run.
 
+    Fifteen passes over the images in batches of 64, but at most a thousand batches.
+
     Args:
-      images: (n, h, w, c) in [-1, 1].
+      images: uint8, (n, h, w, c).
       labels: (n,), integers from 0.
-      epochs: passes over the images, in batches of 64.
 
     Returns:
       A function from images to class probabilities (n, n_classes) and features (n, 64).
     """
     classifier = Classifier(int(labels.max()) + 1)
     rng = np.random.default_rng(0)
-    batch_size = 64
+    batch_size = min(64, len(images))
     n_batches = len(images) // batch_size
-    schedule = optax.cosine_decay_schedule(2e-3, epochs * n_batches)
-    adam = optax.adam(schedule)
+    passes = (rng.permutation(len(images))[: n_batches * batch_size] for _ in range(15))
+    batches = (rows for order in passes for rows in order.reshape(n_batches, -1))
+    n_steps = min(15 * n_batches, 1000)
+    adam = optax.adam(optax.cosine_decay_schedule(2e-3, n_steps))
 
     @partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})  # it runs once
     def init(x):
@@ -62,17 +67,20 @@ def train_classifier(images: np.ndarray, labels: np.ndarray, *, epochs: int = 15
         updates, opt_state = adam.update(jax.grad(objective)(params), opt_state)
         return optax.apply_updates(params, updates), opt_state
 
-    params, opt_state = init(images[:1])
-    for _ in range(epochs):
-        for rows in rng.permutation(len(images))[: n_batches * batch_size].reshape(n_batches, -1):
-            params, opt_state = step(params, opt_state, images[rows], labels[rows])
+    params, opt_state = init(scaled(images[:1]))
+    for rows in islice(batches, n_steps):
+        params, opt_state = step(params, opt_state, scaled(images[rows]), labels[rows])
 
     @jax.jit
     def judge(x):
         logits, features = classifier.apply({"params": params}, x)
         return jax.nn.softmax(logits), features
 
-    return lambda x: jax.device_get(judge(x))
+    def in_parts(x):
+        parts = [jax.device_get(judge(x[i : i + 500])) for i in range(0, len(x), 500)]
+        return tuple(np.concatenate(part) for part in zip(*parts, strict=True))
+
+    return in_parts
 
 
 def quality(
