@@ -113,9 +113,7 @@ class BatchNorm(nn.Module):
     @nn.compact
     def __call__(self, x: Array, labels: Array | None, train: bool) -> Array:
         own = not self.n_classes
-        x = nn.BatchNorm(
-            not train, momentum=0.9, use_bias=own, use_scale=own, dtype=self.dtype
-        )(x)
+        x = nn.BatchNorm(not train, momentum=0.9, use_bias=own, use_scale=own, dtype=self.dtype)(x)
         if own:
             return x
         embed = partial(nn.Embed, self.n_classes, x.shape[-1], dtype=self.dtype)

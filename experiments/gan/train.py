@@ -354,9 +354,7 @@ def _compiled(program: _Program) -> _Functions:
         z = jax.random.normal(z_key, (n, LATENT), jnp.float32)
         labels = jax.random.randint(label_key, (n,), 0, program.n_classes)
         variables = {"params": params, "batch_stats": stats}
-        images, updates = generator.apply(
-            variables, z, labels, train=True, mutable=["batch_stats"]
-        )
+        images, updates = generator.apply(variables, z, labels, train=True, mutable=["batch_stats"])
         return images, labels, updates["batch_stats"]
 
     def scores(weights, images, labels):
@@ -412,9 +410,7 @@ def _compiled(program: _Program) -> _Functions:
         if program.flip:
             mirrored = jax.random.bernoulli(flip_key, shape=(len(real), 1, 1, 1))
             real = jnp.where(mirrored, real[:, :, ::-1], real)
-        fake, fake_labels, _ = generate(
-            state.g_params, state.g_stats, fake_key, program.batch_size
-        )
+        fake, fake_labels, _ = generate(state.g_params, state.g_stats, fake_key, program.batch_size)
 
         def objective(params):
             critic = partial(scores, method.apply(params, d_method))
