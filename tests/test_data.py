@@ -25,7 +25,7 @@ from experiments.data.fetch import Archive, Mirror
 from experiments.data.official import SOURCES
 
 ROOT = Path(__file__).parent.parent
-N = 40  # images of each of the six files: chunks of 64 KiB have to be cut
+N = 60  # images of each of the six files: chunks of 64 KiB have to be cut
 CIFAR10 = SOURCES["cifar10"]
 BATCHES = [Path(path).name for path in CIFAR10.files]  # data_batch_1.bin ... test_batch.bin
 

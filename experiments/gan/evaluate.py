@@ -1,6 +1,6 @@
 """How good the samples are: judged by a classifier of the real images."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import islice
 from typing import Any
@@ -11,7 +11,7 @@ import optax
 from flax import linen as nn
 from jax import Array
 
-from experiments.gan.train import scaled
+from experiments.gan.train import LATENT, State, Training, scaled
 from experiments.metrics.distances import frechet_distance
 
 N_SAMPLES = 2000
@@ -81,6 +81,19 @@ def train_classifier(images: np.ndarray, labels: np.ndarray) -> Judge:
         return tuple(np.concatenate(part) for part in zip(*parts, strict=True))
 
     return in_parts
+
+
+def generated(training: Training, state: State, n: int, n_classes: int) -> Iterator[np.ndarray]:
+    """n samples in batches (100, h, w, c) in [-1, 1], of random classes; the last may be smaller.
+
+    Their randomness follows from the state, and no training step has used it.
+    """
+    key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
+    z_key, label_key = jax.random.split(key)
+    latents = jax.random.normal(z_key, (-(-n // 100), 100, LATENT), np.float32)
+    labels = jax.random.randint(label_key, latents.shape[:2], 0, n_classes)
+    for i, batch in enumerate(zip(latents, labels, strict=True)):
+        yield np.asarray(training.sample(state, *batch))[: n - 100 * i]
 
 
 def quality(

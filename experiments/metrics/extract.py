@@ -110,8 +110,9 @@ def evaluate(
     Raises:
       UserError: too few images, or as ``features``.
     """
-    counts = {"real": n_real or len(real), "generated": n_fake or len(fake)}
-    for kind, count in counts.items():
+    n_real = len(real) if n_real is None else n_real
+    n_fake = len(fake) if n_fake is None else n_fake
+    for kind, count in [("real", n_real), ("generated", n_fake)]:
         if count < 4:
             raise UserError(f"{count} {kind} images are too few: 4 is the least.")
     common = {"data_dir": data_dir, "progress": progress}
