@@ -122,7 +122,6 @@ def run(config: Config) -> dict[str, Any]:
             f"Training on {len(real.train.images)} images of {config.dataset}{note}, "
             f"{device.device_kind}"
         )
-    fid.check(config, real.train)
     measure_fid = partial(fid.measure, config, real.train, real.n_classes)
     training, state = train(config, real.train, real.n_classes, measure_fid)
     trained = time.perf_counter()
