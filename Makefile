@@ -18,7 +18,7 @@ test: $(VENV)/.test
 
 ## A run of the CIFAR-10 presets with FID from end to end, in little; about two minutes.
 test-slow: $(VENV)/.test
-	$(RUN) -m pytest -m slow tests/test_slow.py
+	XLA_FLAGS= $(RUN) -m pytest -m slow tests/test_slow.py  # compiled as users compile
 
 ## Checkpoint conversion and FID's network against the live PyTorch (its recorded outputs are in make test).
 test-torch: $(VENV)/.test $(VENV)/.installed-torch
