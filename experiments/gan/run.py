@@ -82,7 +82,9 @@ def real_images(config: Config) -> RealImages:
         try:
             ARCHITECTURES[config.architecture].n_levels(config.size)
         except ValueError as error:
-            raise UserError(str(error).replace("pad or resize them to", "give --size")) from error
+            raise UserError(
+                str(error).replace("pad or resize them to", "give a --size of")
+            ) from error
     return _real_images(config.dataset, config.data_dir, config.architecture, config.size)
 
 

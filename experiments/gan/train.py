@@ -292,7 +292,8 @@ class Training(NamedTuple):
     shapes: Callable[[Array], State]
     """What ``init`` would return, as shapes and types."""
     step: Callable[[State, Data], tuple[State, dict[str, Array]]]
-    """n_dis discriminator updates and one generator update, a dispatch each; the last losses."""
+    """n_dis discriminator updates, a dispatch each, the last one with the generator's; the losses
+    of these two."""
     steps: Callable[[State, Data, int], tuple[State, dict[str, Array]]]
     """So many of these steps in one dispatch."""
     sample: Callable[[State, Array, Array], Array]
@@ -310,14 +311,7 @@ def make_training(
     config: Config, image_shape: tuple[int, int, int], n_classes: int = 1
 ) -> Training:
     """The run's functions for images of shape (size, size, channels)."""
-    program = _compiled(
-        _Program(
-            config.architecture, image_shape, n_classes, config.conditional, config.width,
-            config.normalization, config.loss, config.batch_size,
-            config.g_batch_size or config.batch_size, config.ema is not None, config.flip,
-            config.dtype,
-        )
-    )  # fmt: skip
+    program = compiled(Program.of(config, image_shape, n_classes))
     adam, strength = config.adam(), config.strength or METHODS[config.normalization].strength
     hyper = Hyper(
         learning_rate=adam.learning_rate,
@@ -331,10 +325,10 @@ def make_training(
     hyper = Hyper(*(np.asarray(x, np.int32 if isinstance(x, int) else np.float32) for x in hyper))
 
     def step(state, data):
-        for i in range(adam.n_dis):
-            state, d_loss = program.discriminator_step(hyper, state, data, np.int32(i))
-        state, g_loss = program.generator_step(hyper, state)
-        return state, {"loss_d": d_loss, "loss_g": g_loss}
+        *first, last = (np.int32(i) for i in range(adam.n_dis))
+        for i in first:
+            state, _ = program.discriminator_step(hyper, state, data, i)
+        return program.last_step(hyper, state, data, last)
 
     return Training(
         init=partial(program.init, hyper),
@@ -346,7 +340,7 @@ def make_training(
     )
 
 
-class _Program(NamedTuple):
+class Program(NamedTuple):
     """What the compiled functions depend on."""
 
     architecture: str
@@ -362,18 +356,37 @@ class _Program(NamedTuple):
     flip: bool
     dtype: str
 
+    @classmethod
+    def of(cls, config: Config, image_shape: tuple[int, int, int], n_classes: int) -> "Program":
+        return cls(
+            architecture=config.architecture,
+            image_shape=image_shape,
+            n_classes=n_classes,
+            conditional=config.conditional,
+            width=config.width,
+            method=config.normalization,
+            loss=config.loss,
+            batch_size=config.batch_size,
+            g_batch_size=config.g_batch_size or config.batch_size,
+            ema=config.ema is not None,
+            flip=config.flip,
+            dtype=config.dtype,
+        )
+
 
 class _Functions(NamedTuple):
     init: Callable[[Hyper, Array], State]
     discriminator_step: Callable[[Hyper, State, Data, Array], tuple[State, Array]]
-    generator_step: Callable[[Hyper, State], tuple[State, Array]]
+    last_step: Callable[[Hyper, State, Data, Array], tuple[State, dict[str, Array]]]
+    """The last discriminator update of a step, and the generator's."""
     steps: Callable[[Hyper, State, Data, Array], tuple[State, dict[str, Array]]]
     sample: Callable[[State, Array, Array], Array]
     spectra: Callable[[State], tuple[dict[str, Array], dict[str, Array]]]
 
 
-@lru_cache(maxsize=4)
-def _compiled(program: _Program) -> _Functions:
+@lru_cache(maxsize=16)
+def compiled(program: Program) -> _Functions:
+    """The functions of all runs whose programs are equal."""
     size, _, channels = program.image_shape
     method, loss = METHODS[program.method], LOSSES[program.loss]
     networks = ARCHITECTURES[program.architecture]
@@ -486,20 +499,22 @@ def _compiled(program: _Program) -> _Functions:
             step=state.step + 1, g_params=g_params, g_stats=g_stats, g_opt=g_opt, g_ema=g_ema
         ), value
 
+    def last_step(hyper, state, data, i):
+        state, d_loss = discriminator_step(hyper, state, data, i)
+        state, g_loss = generator_step(hyper, state)
+        return state, {"loss_d": d_loss, "loss_g": g_loss}
+
     @partial(jax.jit, donate_argnames="state")
     def steps(hyper, state, data, n):
-        def discriminator_steps(state):
-            return lax.fori_loop(
-                0,
-                hyper.n_dis,
-                lambda i, carry: discriminator_step(hyper, carry[0], data, i),
-                (state, jnp.zeros(())),
-            )
-
         def one(_, carry):
-            state, d_loss = discriminator_steps(carry[0])
-            state, g_loss = generator_step(hyper, state)
-            return state, {"loss_d": d_loss, "loss_g": g_loss}
+            state, _ = carry
+            state = lax.fori_loop(
+                0,
+                hyper.n_dis - 1,
+                lambda i, state: discriminator_step(hyper, state, data, i)[0],
+                state,
+            )
+            return last_step(hyper, state, data, hyper.n_dis - 1)
 
         losses = {"loss_d": jnp.zeros(()), "loss_g": jnp.zeros(())}
         return lax.fori_loop(0, n, one, (state, losses))
@@ -518,7 +533,7 @@ def _compiled(program: _Program) -> _Functions:
     return _Functions(
         init=init,
         discriminator_step=jax.jit(discriminator_step, donate_argnums=1),
-        generator_step=jax.jit(generator_step, donate_argnums=1),
+        last_step=jax.jit(last_step, donate_argnums=1),
         steps=steps,
         sample=sample,
         spectra=spectra,
