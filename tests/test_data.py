@@ -25,7 +25,7 @@ from experiments.data.fetch import Archive, Mirror
 from experiments.data.official import SOURCES
 
 ROOT = Path(__file__).parent.parent
-N = 40  # images of each of the six files: chunks of 64 KiB have to be cut
+N = 60  # images of each of the six files: chunks of 64 KiB have to be cut
 CIFAR10 = SOURCES["cifar10"]
 BATCHES = [Path(path).name for path in CIFAR10.files]  # data_batch_1.bin ... test_batch.bin
 
@@ -270,6 +270,8 @@ def test_a_folder_that_cannot_be_used(tmp_path):
     line = refused("cifar10", tmp_path / "file", sources=small("http://127.0.0.1:9/"))
     assert f"{tmp_path / 'file'} cannot be used" in line
     assert (tmp_path / "file").read_text() == "mine"
+    (tmp_path / "cifar-10-batches-bin" / "data_batch_1.bin").mkdir(parents=True)
+    assert "data_batch_1.bin" in refused("cifar10", tmp_path, sources=small("http://127.0.0.1:9/"))
 
 
 # --- Mirror packages ------------------------------------------------------------------------

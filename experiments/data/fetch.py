@@ -65,9 +65,9 @@ def fetch(source: Source, data_dir: Path) -> None:
     """
     from filelock import FileLock
 
-    if not _missing(source, data_dir):
-        return  # also where nothing can be written
     try:
+        if not _missing(source, data_dir):
+            return  # also where nothing can be written
         data_dir.mkdir(parents=True, exist_ok=True)
         with FileLock(data_dir / f".{source.name}.lock"):  # two runs that start at once
             _fetch(source, data_dir)

@@ -5,6 +5,7 @@ import shlex
 import sys
 
 from experiments.cli import UserError, parse
+from experiments.gan import fid
 from experiments.gan.loop import Paused
 from experiments.gan.run import open_folder, real_images, report, run
 from experiments.gan.train import PRESETS, Config
@@ -17,7 +18,8 @@ def main(args: list[str] | None = None) -> int:
     again = shlex.join(["python", "-m", "experiments.gan", *args, *resume])
     try:
         config = options(args)
-        real_images(config)  # Before a folder is made: what is wrong with them leaves none.
+        # Before a folder is made: what is wrong with them leaves none.
+        fid.check(config, real_images(config).train)
         summary = open_folder(config) or run(config)
         print(report(config, summary))
         return 0

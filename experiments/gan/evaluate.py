@@ -1,6 +1,6 @@
 """How good the samples are: judged by a classifier of the real images."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import islice
 from typing import Any
@@ -11,7 +11,8 @@ import optax
 from flax import linen as nn
 from jax import Array
 
-from experiments.gan.train import scaled
+from experiments.gan.train import LATENT, State, Training, scaled
+from experiments.metrics.distances import frechet_distance
 
 N_SAMPLES = 2000
 
@@ -82,25 +83,17 @@ def train_classifier(images: np.ndarray, labels: np.ndarray) -> Judge:
     return in_parts
 
 
-def frechet_distance(x: np.ndarray, y: np.ndarray) -> float:
-    """Squared Fréchet distance between Gaussians fitted to two sets of features.
+def generated(training: Training, state: State, n: int, n_classes: int) -> Iterator[np.ndarray]:
+    """n samples in batches (100, h, w, c) in [-1, 1], of random classes; the last may be smaller.
 
-    ``|mu_x - mu_y|^2 + tr(C_x + C_y - 2 (C_x C_y)^(1/2))``, the quantity called FID when the
-    features are Inception's (Heusel et al. 2017, equation 6). With ``C = R R^T`` the trace of
-    the root is the sum of singular values of ``R_x^T R_y``: stable without full rank.
-
-    Args:
-      x: (n, d).
-      y: (m, d).
+    Their randomness follows from the state, and no training step has used it.
     """
-    means, roots = [], []
-    for features in (np.asarray(x, np.float64), np.asarray(y, np.float64)):
-        values, vectors = np.linalg.eigh(np.cov(features, rowvar=False))
-        means.append(features.mean(0))
-        roots.append(vectors * np.sqrt(np.maximum(values, 0)))
-    traces = sum(np.sum(root**2) for root in roots)
-    cross = np.linalg.svd(roots[0].T @ roots[1], compute_uv=False).sum()
-    return float(np.sum((means[0] - means[1]) ** 2) + traces - 2 * cross)
+    key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
+    z_key, label_key = jax.random.split(key)
+    latents = jax.random.normal(z_key, (-(-n // 100), 100, LATENT), np.float32)
+    labels = jax.random.randint(label_key, latents.shape[:2], 0, n_classes)
+    for i, batch in enumerate(zip(latents, labels, strict=True)):
+        yield np.asarray(training.sample(state, *batch))[: n - 100 * i]
 
 
 def quality(

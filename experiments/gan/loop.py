@@ -6,7 +6,7 @@ import shutil
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,9 @@ from tqdm import tqdm
 
 from experiments.cli import UserError, write_text
 from experiments.gan.train import Config, Data, State, Training, make_training
+
+# A look at the run where a checkpoint was saved or restored; returns scalars for TensorBoard.
+AtCheckpoint = Callable[[Training, State], dict[str, float]]
 
 
 class Paused(Exception):
@@ -39,7 +42,9 @@ class Diverged(UserError):
         self.step = step
 
 
-def train(config: Config, data: Data, n_classes: int = 1) -> tuple[Training, State]:
+def train(
+    config: Config, data: Data, n_classes: int = 1, at_checkpoint: AtCheckpoint | None = None
+) -> tuple[Training, State]:
     """Train from the output folder's last checkpoint, or from the start if it has none.
 
     Writes metrics.jsonl, the same rows as TensorBoard's events, and checkpoints to the output
@@ -50,6 +55,7 @@ def train(config: Config, data: Data, n_classes: int = 1) -> tuple[Training, Sta
       config: the run.
       data: the real images, and their labels below ``n_classes``.
       n_classes: how many a conditional network tells apart.
+      at_checkpoint: called before the end whenever a checkpoint was saved or restored.
 
     Returns:
       The run's functions and its last state.
@@ -81,7 +87,13 @@ def train(config: Config, data: Data, n_classes: int = 1) -> tuple[Training, Sta
         # TensorBoard drops what an earlier process wrote from this step on: it comes again.
         events = SummaryWriter(str(config.out), purge_step=step + 1 if step else None)
         with (config.out / "metrics.jsonl").open("a") as metrics, events, bar:
+            on_disk = step > 0  # there is a checkpoint of this very state
             while step < config.steps:
+                if at_checkpoint and on_disk:
+                    looked = time.perf_counter()
+                    for tag, value in at_checkpoint(training, state).items():
+                        events.add_scalar(tag, value, step)
+                    row_time += time.perf_counter() - looked  # no time of the training
                 row_at = _next_multiple(step, config.log_every)
                 save_at = _next_multiple(step, config.checkpoint_every)
                 stop = min(row_at, save_at, config.steps) if many else step + 1
@@ -106,7 +118,8 @@ def train(config: Config, data: Data, n_classes: int = 1) -> tuple[Training, Sta
                     events.flush()
                     bar.set_postfix_str(_postfix(row))
                 late = config.minutes and time.perf_counter() - start > 60 * config.minutes
-                if step in (save_at, config.steps) or interrupt.is_set() or late:
+                on_disk = step in (save_at, config.steps) or interrupt.is_set() or late
+                if on_disk:
                     _require_finite(config, step, state)
                     _save(config.out, state)
                 saved = f"step {step} of {config.steps} is saved"
@@ -125,10 +138,10 @@ def read_json(path: Path) -> Any:
         raise UserError(f"{path} is damaged ({error}): give another --out.") from error
 
 
-def read_rows(out: Path) -> list[dict[str, Any]]:
-    """The rows of metrics.jsonl; a last one that a kill cut short is left out."""
+def read_rows(out: Path, name: str = "metrics.jsonl") -> list[dict[str, Any]]:
+    """The rows of a file of the run; a last one that a kill cut short is left out."""
     rows = []
-    path = out / "metrics.jsonl"
+    path = out / name
     for line in path.read_text().splitlines() if path.exists() else []:
         try:
             rows.append(json.loads(line))
@@ -261,7 +274,7 @@ def _restore(config: Config, training: Training) -> State:
     place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     structure = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
-        jax.eval_shape(training.init, jax.random.key(config.seed)),
+        training.shapes(jax.random.key(config.seed)),
     )
     try:
         with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:

@@ -23,14 +23,39 @@ def save_samples(path: Path, fake: np.ndarray, real: np.ndarray, title: str) -> 
         figure.subplots(1, 2), (fake, real), ("Generated", "Real, held out"), strict=True
     ):
         # A border between the images; nearest-neighbour, so that single pixels can be seen.
-        tiles = np.pad(images[:100] / 2 + 0.5, [(0, 0), (1, 0), (1, 0), (0, 0)])
-        tiles = np.pad(tiles, [(0, 100 - len(tiles)), *(3 * [(0, 0)])])
+        shown = images[:100] / 2 + 0.5
+        tiles = np.pad(shown, [(0, 100 - len(shown)), (1, 0), (1, 0), (0, 0)])
         _, h, w, c = tiles.shape
         grid = tiles.reshape(10, 10, h, w, c).swapaxes(1, 2).reshape(10 * h, 10 * w, c)
         grid = np.pad(grid, [(0, 1), (0, 1), (0, 0)])
         axes.imshow(grid.squeeze(), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
         axes.set_title(name)
         axes.axis("off")
+    figure.savefig(path, dpi=150)
+
+
+def save_fid(path: Path, rows: list[dict[str, Any]], title: str) -> None:
+    """FID over training, a line for every pair of numbers of images.
+
+    Args:
+      path: of the PNG file.
+      rows: of fid.jsonl.
+      title: what was run.
+    """
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    figure.suptitle(title, fontsize="medium")
+    axes = figure.subplots()
+    for n_real, n_fake in dict.fromkeys((row["n_real"], row["n_fake"]) for row in rows):
+        points = [
+            (row["step"], row["fid"])
+            for row in rows
+            if (row["n_real"], row["n_fake"]) == (n_real, n_fake)
+        ]
+        axes.plot(*zip(*sorted(points), strict=True), "o-", lw=1.2, ms=4,
+                  label=f"{n_real} real, {n_fake} generated")  # fmt: skip
+    axes.set(xlabel="generator updates", ylabel="FID", yscale="log")
+    axes.grid(alpha=0.3, which="both")
+    axes.legend()
     figure.savefig(path, dpi=150)
 
 

@@ -4,7 +4,7 @@ import json
 import os
 import resource
 import time
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,10 +13,10 @@ import numpy as np
 
 from experiments.cli import UserError, commit, versions, write_text
 from experiments.data import load
-from experiments.gan import evaluate, plots
+from experiments.gan import evaluate, fid, plots
 from experiments.gan.loop import read_json, read_rows, train
 from experiments.gan.networks import ARCHITECTURES, fit, fitting_size
-from experiments.gan.train import LATENT, Config, Data, scaled
+from experiments.gan.train import Config, Data, scaled
 
 N_SHOWN = 100
 
@@ -59,7 +59,7 @@ def open_folder(config: Config) -> dict[str, Any] | None:
                 )
             if (out / "summary.json").exists():
                 summary = read_json(out / "summary.json")
-                if summary["config"] == config.identity():
+                if summary["config"] == config.identity() and not fid.missing(config, config.steps):
                     return summary
         elif out.exists() and any(not path.name.startswith(".") for path in out.iterdir()):
             raise UserError(f"{out} holds files that are not of a run: give another --out.")
@@ -124,17 +124,12 @@ def run(config: Config) -> dict[str, Any]:
             f"Training on {len(real.train.images)} images of {config.dataset}{note}, "
             f"{device.device_kind}"
         )
-    training, state = train(config, real.train, real.n_classes)
+    measure_fid = partial(fid.measure, config, real.train, real.n_classes)
+    training, state = train(config, real.train, real.n_classes, measure_fid)
     trained = time.perf_counter()
 
-    # The first key that no training step has used.
-    key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
-    z_key, label_key = jax.random.split(key)
-    latents = jax.random.normal(z_key, (evaluate.N_SAMPLES // 100, 100, LATENT), np.float32)
-    labels = jax.random.randint(label_key, latents.shape[:2], 0, real.n_classes)
-    fake = np.concatenate(
-        [training.sample(state, *batch) for batch in zip(latents, labels, strict=True)]
-    )
+    samples = evaluate.generated(training, state, evaluate.N_SAMPLES, real.n_classes)
+    fake = np.concatenate(list(samples))
     quality = None
     if real.n_classes > 1:
         if config.progress:
@@ -147,6 +142,8 @@ def run(config: Config) -> dict[str, Any]:
             scaled(real.test.images),
             real.test.labels,
         )
+    measure_fid(training, state)
+    fids = fid.rows(config.out)
     rows = read_rows(config.out)
     title = (
         f"{config.dataset}, {config.architecture}, normalization {config.normalization}, "
@@ -155,6 +152,8 @@ def run(config: Config) -> dict[str, Any]:
     shown = np.asarray(scaled(real.test.images[:N_SHOWN]))
     plots.save_samples(config.out / "samples.png", fake, shown, title)
     plots.save_curves(config.out / "curves.png", rows, title)
+    if len({row["step"] for row in fids}) > 1:
+        plots.save_fid(config.out / "fid.png", fids, title)
 
     kernels = jax.device_get(training.spectra(state)[1])
     speeds = [row["steps_per_second"] for row in rows]
@@ -164,6 +163,7 @@ def run(config: Config) -> dict[str, Any]:
         "images": real.note or "as they come",
         "seed": config.seed,
         "quality": quality,
+        "fid": [row for row in fids if row["step"] == config.steps],
         "singular_values": {  # of the kernels in use
             path: np.linalg.svd(w.reshape(-1, w.shape[-1]), compute_uv=False).tolist()
             for path, w in kernels.items()
@@ -199,6 +199,7 @@ def report(config: Config, summary: dict[str, Any]) -> str:
         [
             "",
             *_quality_lines(summary["quality"]),
+            *map(_fid_line, summary["fid"]),
             "",
             f"{config.steps} steps, {summary['steps_per_second']:.1f} a second; "
             f"{seconds['training']:.0f} s training, {seconds['evaluation']:.0f} s evaluation, "
@@ -233,3 +234,11 @@ def _quality_lines(quality: dict[str, Any] | None) -> list[str]:
         ("rarest class", f"{min(fractions):.1%}", "", ""),
     ]
     return [f"{name:<17}{fake:>10}{real:>8}   {note}".rstrip() for name, fake, real, note in table]
+
+
+def _fid_line(row: dict[str, Any]) -> str:
+    return (
+        f"{'FID':<17}{row['fid']:>10.2f}{'':>11}{row['n_fake']} generated, {row['n_real']} "
+        f"training images; KID {1000 * row['kid']:.2f} / 1000, "
+        f"precision {row['precision']:.2f}, recall {row['recall']:.2f}"
+    )
