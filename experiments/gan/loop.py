@@ -85,7 +85,9 @@ def train(
         bar = tqdm(initial=step, total=config.steps, unit="step", disable=not config.progress)
         bar.set_postfix_str("compiling")
         # TensorBoard drops what an earlier process wrote from this step on: it comes again.
-        events = SummaryWriter(str(config.out), purge_step=step + 1 if step else None)
+        events = SummaryWriter(
+            str(config.out), purge_step=step + 1 if step else None, filename_suffix=f".{step}"
+        )
         with (config.out / "metrics.jsonl").open("a") as metrics, events, bar:
             on_disk = step > 0  # there is a checkpoint of this very state
             while step < config.steps:
