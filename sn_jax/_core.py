@@ -15,7 +15,7 @@ import numpy as np
 from jax import Array, lax
 from jax.tree_util import GetAttrKey, keystr, register_dataclass, tree_flatten_with_path
 
-from sn_jax import _power
+from sn_jax import _power, _sharding
 from sn_jax._views import Matrix, View, check_linear, compute_dtype
 
 Params = Any
@@ -264,14 +264,23 @@ def spectral_penalty(params: Params, state: State) -> Array:
 
 def start_state(w: Array, view: View, n_vectors: int, seed: Array | int = 0) -> Singular:
     """Unit noise for one leaf, before any iteration."""
-    batch, domain, codomain = _spaces(view, w.shape)
+    batch, domain, codomain = _spaces(view, _sharding.whole_shape(view, w.shape))
     k = min(n_vectors, max(1, math.prod(domain)), max(1, math.prod(codomain)))
     dtype, lead = compute_dtype(w.dtype), len(batch) + 1
     seed = jnp.asarray(seed, jnp.uint32)
+    split = _sharding.batch_names(view, w.ndim)
+
+    def vectors(seed, space):
+        # Those of the whole batch, so that each device starts from its own part of them.
+        shape = (*_sharding.whole(batch, split), k, *space)
+        x = _sharding.own_blocks(_power.noise(seed, shape, dtype), split)
+        return _power.unit(x, 0.0, lead)
+
     # Both random: where the weights give no direction yet (zeros), either is a start.
-    u = _power.unit(_power.noise(seed, (*batch, k, *codomain), dtype), 0.0, lead)
-    v = _power.unit(_power.noise(~seed, (*batch, k, *domain), dtype), 0.0, lead)
-    return Singular(u, v, jnp.zeros(batch, dtype), view)
+    u, v = vectors(seed, codomain), vectors(~seed, domain)
+    sigma = _sharding.pcast(jnp.zeros(batch, dtype), sum(split, ()))
+    sigma, u, v = _sharding.take_types((sigma, u, v), w, _sharding.types(view, w))
+    return Singular(u, v, sigma, view)
 
 
 @partial(jax.jit, static_argnames=("view", "n_vectors", "warmup"))
@@ -349,7 +358,7 @@ def normalized_product(
     sigma, u, v = _run(partial(_power.iterate, n_steps=n_steps), w, singular)
     value, factor = _factor(sigma, bound, mode, gradient)
     y = lax.dot_general(x, w, (((x.ndim - 1,), (0,)), ((), ())), precision=precision)
-    return y * factor, _updated(singular, value, u, v)
+    return y * _sharding.broadcast_like(factor, y, ()), _updated(singular, value, u, v)
 
 
 @jax.jit
@@ -368,14 +377,18 @@ def _run(method, w, singular):
     view, dtype = singular.view, compute_dtype(w.dtype)
     # Vectors are constants of the gradient, also where a user differentiates through a state.
     u, v = (lax.stop_gradient(x).astype(dtype) for x in (singular.u, singular.v))
-    batch_ndim = len(view.batch_shape(w.shape))
-    return method(view.matvec, w.astype(dtype), u, v, batch_ndim=batch_ndim)
+    split = _sharding.batch_names(view, w.ndim)
+    u, v = (_sharding.pcast(x, sum(split, ())) for x in (u, v))
+    apply, batch_ndim = partial(_sharding.matvec, view), len(view.batch_shape(w.shape))
+    run = partial(method, apply, batch_ndim=batch_ndim)
+    run = _sharding.lift_types(run, w, _sharding.types(view, w))
+    return _power.PowerResult(*run(w.astype(dtype), u, v))
 
 
 def _updated(singular, sigma, u, v):
-    """The state keeps its dtypes, so that it can be a scan's carry."""
+    """The state keeps its dtypes and shardings, so that it can be a scan's carry."""
     old = singular.sigma, singular.u, singular.v
-    sigma, u, v = (new.astype(x.dtype) for new, x in zip((sigma, u, v), old, strict=True))
+    sigma, u, v = map(_sharding.like, (sigma, u, v), old)
     return replace(singular, u=u, v=v, sigma=sigma)
 
 
@@ -528,6 +541,7 @@ def _checked_weight(path: str, w: Any, view: View) -> Array:
         )
     try:
         view.batch_shape(w.shape)
+        _sharding.check_split(view, w)
     except ValueError as error:
         raise ValueError(f"{path} of shape {jnp.shape(w)}: {error}") from None
     return w
@@ -556,7 +570,8 @@ def weights_of(params: Params, state: State) -> dict[str, Array]:
                 f"{listed(leaves)}."
             )
         w = _checked_weight(path, leaves[path], singular.view)
-        batch, domain, codomain = _spaces(singular.view, w.shape)
+        shape = _sharding.whole_shape(singular.view, w.shape)
+        batch, domain, codomain = _spaces(singular.view, shape)
         k = singular.v.shape[len(batch)] if singular.v.ndim > len(batch) else 1
         for name, space in (("u", codomain), ("v", domain)):
             expected, got = (*batch, k, *space), getattr(singular, name).shape
