@@ -1,7 +1,6 @@
 """Kernels spread over eight devices; run by test_sharding.py in a process that has so many."""
 
 import math
-import re
 from dataclasses import replace
 from functools import cache, partial
 
@@ -20,6 +19,7 @@ import sn_jax
 import sn_jax.linen
 import sn_jax.nnx
 import sn_jax.transforms
+from experiments.bench.comm import collectives
 from sn_jax import Conv, Matrix
 
 assert jax.device_count() == 8
@@ -77,14 +77,6 @@ def run_and_look(run, *args):
 def assert_same(found, expected, tolerance=1e-9):
     for part, a, b in zip(PARTS, found, expected, strict=True):
         np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance, err_msg=part)
-
-
-def collectives(program: str) -> list[int]:
-    """Elements of each array that a compiled program sends between devices."""
-    names = "all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter"
-    lines = re.findall(rf"= (.+?) (?:{names})(?:-start)?\(", program)
-    shapes = [shape for line in lines for shape in re.findall(r"\w\[([\d,]*)\]", line)]
-    return [math.prod(map(int, filter(None, shape.split(",")))) for shape in shapes]
 
 
 def largest_vector(view, shape, n_vectors=1):
