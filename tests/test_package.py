@@ -98,7 +98,8 @@ def test_docstring_examples(module):
 DOCUMENTS = [
     path
     for path in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-    if "```python" in path.read_text()
+    # That guide needs eight devices: test_sharding.py runs it.
+    if "```python" in path.read_text() and path.name != "scale.md"
 ]
 
 

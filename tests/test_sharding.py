@@ -21,3 +21,17 @@ def test_on_eight_devices(part):
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", part]
     result = run_on_devices([*command, str(HERE / "on_eight_devices.py")], cwd=HERE.parent)
     assert result.returncode == 0, result.stdout + result.stderr
+
+
+def test_the_guide():
+    """The Python blocks of docs/scale.md, one after the other."""
+    script = (
+        "import re, sys; from pathlib import Path\n"
+        "for block in re.findall(r'```python\\n(.*?)```', Path(sys.argv[1]).read_text(), re.S):\n"
+        "    exec(compile(block, sys.argv[1], 'exec'), globals())\n"
+    )
+    guide = HERE.parent / "docs" / "scale.md"
+    result = run_on_devices([sys.executable, "-W", "error", "-c", script, str(guide)])
+    assert result.returncode == 0, result.stderr
+    assert "float32[1,256@tp]" in result.stdout
+    assert "differs along the mesh axes ['fsdp', 'tp']" in result.stdout
