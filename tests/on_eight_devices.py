@@ -275,6 +275,16 @@ def test_nnx_wrapper(dtype, mesh):
 
 
 @pytest.mark.float32
+def test_flax_raises_on_explicit_axes():
+    model, x = nn.SpectralNorm(nn.Dense(24)), kernel((8, 16), np.float32)
+    variables = model.init(KEY, x, update_stats=False)
+    with jax.set_mesh(MESHES["Explicit"]):
+        params = put_kernels(variables["params"], MESHES["Explicit"], P(None, "tp"))
+        with pytest.raises(Exception, match="Please specify"):
+            model.apply({**variables, "params": params}, x, update_stats=False)
+
+
+@pytest.mark.float32
 def test_linen_wrapper_data_parallel_in_shard_map():
     model, x = sn_jax.linen.SpectralNorm(nn.Dense(6)), kernel((16, 4), np.float32)
     variables = model.init(KEY, x)

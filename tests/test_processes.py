@@ -59,8 +59,11 @@ def succeed(started):
 
 def saved(out, step=10):
     folder = (out / "checkpoints" / str(step) / "state").absolute()
-    with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
-        return jax.tree_util.tree_leaves_with_path(checkpointer.restore(folder))
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+        metadata = checkpointer.metadata(folder).item_metadata.tree
+        as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), metadata)
+        args = ocp.args.PyTreeRestore(restore_args=as_numpy)
+        return jax.tree_util.tree_leaves_with_path(checkpointer.restore(folder, args=args))
 
 
 def differences(a, b):

@@ -315,9 +315,9 @@ class Training(NamedTuple):
     """The discriminator's estimates of sigma(W), and its normalized kernels, by path."""
 
 
-def scaled(images: Array) -> Array:
-    """From uint8 to float32 in [-1, 1], the generator's range."""
-    return images.astype(jnp.float32) / 127.5 - 1
+def scaled(images: Array, dtype=jnp.float32) -> Array:
+    """From uint8 to [-1, 1], the generator's range."""
+    return images.astype(dtype) / 127.5 - 1
 
 
 def make_training(
@@ -402,6 +402,7 @@ def compiled(program: Program) -> _Functions:
     """The functions of all runs whose programs are equal."""
     size, _, channels = program.image_shape
     method, loss = METHODS[program.method], LOSSES[program.loss]
+    floats = jnp.promote_types(program.dtype, jnp.float32)  # of all but the networks' insides
     networks = ARCHITECTURES[program.architecture]
     shared = {
         "width": program.width,
@@ -416,7 +417,7 @@ def compiled(program: Program) -> _Functions:
     def generate(params, stats, key, n):
         """A training batch of images and their labels, and the batch statistics left behind."""
         z_key, label_key = jax.random.split(key)
-        z = jax.random.normal(z_key, (n, LATENT), jnp.float32)
+        z = jax.random.normal(z_key, (n, LATENT), floats)
         labels = jax.random.randint(label_key, (n,), 0, program.n_classes)
         z, labels = spread((z, labels))
         variables = {"params": params, "batch_stats": stats}
@@ -448,11 +449,9 @@ def compiled(program: Program) -> _Functions:
         d_method = method.init(d_params, method_key, views)
         d_params, d_method = method.project(d_params, d_method, hyper.strength)
         g_params, g_stats = g_variables["params"], g_variables["batch_stats"]
-        if program.dtype == "float64":
-            g_params, g_stats, d_params, d_method = jax.tree.map(
-                lambda x: x.astype(jnp.float64) if x.dtype == jnp.float32 else x,
-                (g_params, g_stats, d_params, d_method),
-            )
+        g_params, g_stats, d_params, d_method = optax.tree.cast(
+            (g_params, g_stats, d_params, d_method), floats
+        )
         return State(
             step=jnp.zeros((), jnp.int32),
             key=jax.random.key_data(key),
@@ -478,7 +477,7 @@ def compiled(program: Program) -> _Functions:
         d_method = method.update(state.d_params, state.d_method)
         n = len(data.images) if data.n is None else data.n
         rows = jax.random.randint(data_key, (program.batch_size,), 0, n)
-        real, labels = spread((scaled(data.images[rows]), data.labels[rows]))
+        real, labels = spread((scaled(data.images[rows], floats), data.labels[rows]))
         if program.flip:
             mirrored = jax.random.bernoulli(flip_key, shape=(len(real), 1, 1, 1))
             real = jnp.where(mirrored, real[:, :, ::-1], real)
