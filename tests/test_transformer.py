@@ -16,10 +16,16 @@ pytestmark = pytest.mark.float32
 
 
 @pytest.fixture(scope="module")
-def quick(tmp_path_factory):
-    out = tmp_path_factory.mktemp("transformer")
-    assert transformer.main(["--quick", "--no-progress", "--out", str(out)]) == 0
-    return out
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("transformer")
+
+
+@pytest.fixture
+def quick(folder):
+    """Made once, but by a test, with JAX's defaults."""
+    if not any(folder.iterdir()):
+        assert transformer.main(["--quick", "--no-progress", "--out", str(folder)]) == 0
+    return folder
 
 
 @pytest.mark.xdist_group("transformer")
