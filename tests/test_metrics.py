@@ -197,7 +197,7 @@ def test_the_network_on_random_weights_equals_the_original(records):
 @pytest.fixture(scope="module")
 def real_params():
     if not (default_data_dir() / FILE).exists():
-        pytest.skip(f"{FILE} is not in {default_data_dir()}: python -m experiments.metrics")
+        pytest.skip(f"{FILE} is not in {default_data_dir()}: make test-slow fetches it")
     return inception_params()
 
 

@@ -93,7 +93,10 @@ def train(
         if not processes.is_first():  # what they write goes nowhere
             rows_file, events_folder = Path(os.devnull), None
         events = SummaryWriter(
-            events_folder, purge_step=step + 1 if step else None, write_to_disk=processes.is_first()
+            events_folder,
+            purge_step=step + 1 if step else None,
+            filename_suffix=f".{step}",
+            write_to_disk=processes.is_first(),
         )
         with rows_file.open("a") as metrics, events, bar:
             on_disk = step > 0  # there is a checkpoint of this very state

@@ -161,7 +161,7 @@ def save_spectra(path: Path, spectra: dict[str, dict[str, list[float]]], title: 
     n_rows = -(-len(layers) // 4)
     figure = Figure(figsize=(13, 3.4 * n_rows + 0.4), layout="constrained")
     figure.suptitle(f"Squared singular values of the kernels in use, over the largest; {title}")
-    grid = figure.subplots(n_rows, min(4, len(layers)), squeeze=False, sharey=True)
+    grid = figure.subplots(n_rows, -(-len(layers) // n_rows), squeeze=False, sharey=True)
     for axes, layer in zip(grid.flat, layers, strict=False):
         for method, values in spectra.items():
             squares = np.square(values[layer]) / np.square(values[layer][0])
@@ -186,7 +186,7 @@ def save_norms(path: Path, norms: dict[str, list[dict[str, float]]], title: str)
     n_rows = -(-len(norms) // 4)
     figure = Figure(figsize=(14, 3.3 * n_rows + 0.4), layout="constrained")
     figure.suptitle(rf"True $\sigma$ of the kernels in use; {title}")
-    grid = figure.subplots(n_rows, min(4, len(norms)), squeeze=False)
+    grid = figure.subplots(n_rows, -(-len(norms) // n_rows), squeeze=False)
     for axes, (method, rows) in zip(grid.flat, norms.items(), strict=False):
         layers = [name for name in rows[0] if name != "step"]
         for layer, colour in zip(

@@ -3,6 +3,7 @@
 import json
 import os
 import resource
+import sys
 import time
 from functools import lru_cache, partial
 from pathlib import Path
@@ -161,6 +162,8 @@ def run(config: Config) -> dict[str, Any]:
     kernels = jax.device_get(training.spectra(state)[1])
     speeds = [row["steps_per_second"] for row in rows]
     memory = device.memory_stats() or {}
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    pinnable = hasattr(os, "sched_getaffinity")
     summary = {
         "config": config.identity(),
         "images": real.note or "as they come",
@@ -179,11 +182,11 @@ def run(config: Config) -> dict[str, Any]:
         "steps_per_second": float(np.median(speeds)),
         "memory": {
             "device_peak_bytes": memory.get("peak_bytes_in_use"),  # null: the device cannot tell
-            "process_peak_bytes": 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
+            "process_peak_bytes": peak if sys.platform == "darwin" else 1024 * peak,
         },
         "device": {
             "kind": device.device_kind,
-            "cpu_cores": len(os.sched_getaffinity(0)),
+            "cpu_cores": len(os.sched_getaffinity(0)) if pinnable else os.cpu_count(),
             "xla_flags": os.environ.get("XLA_FLAGS", ""),
         },
         "versions": versions(),

@@ -6,6 +6,7 @@ command. Killed at any moment and called again, it goes on where it was.
 
 import dataclasses
 import datetime
+import itertools
 import json
 import shlex
 import sys
@@ -22,7 +23,7 @@ from experiments.cli import UserError, parse, write_text
 from experiments.gan import plots
 from experiments.gan.loop import Diverged, Paused, read_json, read_rows
 from experiments.gan.run import open_folder, real_images, run
-from experiments.gan.train import Config, make_training
+from experiments.gan.train import SETTINGS, Config, make_training
 
 # Fréchet distances (FID) of the paper's table 2 on CIFAR-10: 10,000 real and 5,000 generated.
 PAPER = {
@@ -51,23 +52,26 @@ METHODS: dict[str, dict[str, Any]] = {
     "L2": {"normalization": "l2"},
     "lasso": {"normalization": "lasso"},
 }
-_RESNET = {"architecture": "resnet", "loss": "hinge", "learning_rate": 2e-4, "b1": 0.0,
-           "b2": 0.9, "n_dis": 5}  # fmt: skip
-METHODS["ResNet orthonormal hinge"] = {"normalization": "orthonormal"} | _RESNET
-METHODS["ResNet SN hinge"] = {"normalization": "sn"} | _RESNET
+RESNET = {"architecture": "resnet", "loss": "hinge", "learning_rate": 2e-4, "b1": 0.0,
+          "b2": 0.9, "n_dis": 5}  # fmt: skip
+METHODS["ResNet orthonormal hinge"] = {"normalization": "orthonormal"} | RESNET
+METHODS["ResNet SN hinge"] = {"normalization": "sn"} | RESNET
 
 
 def study(common: dict[str, Any], *parts: tuple[list[str], str, list[int]]) -> dict[str, Config]:
-    """Rows by name: each part's methods x settings x seeds, in this order."""
+    """Rows by name: each part's seeds x methods x settings, in this order."""
     rows = {}
     for methods, settings, seeds in parts:
-        for seed in seeds:
-            for method in methods:
-                for setting in settings:
-                    options = {"loss": "non-saturating"} | common | METHODS[method]
-                    name = f"{method}, {setting}, seed {seed}"
-                    rows[name] = Config(**options, setting=setting, seed=seed)
+        for seed, method, setting in itertools.product(seeds, methods, settings):
+            options = {"loss": "non-saturating"} | common | METHODS[method]
+            config = Config(**options, setting=setting, seed=seed)
+            rows[f"{method}, {setting_of(config)}, seed {seed}"] = config
     return rows
+
+
+def setting_of(config: Config) -> str:
+    """The setting's letter; "own" where the row has hyperparameters of its own."""
+    return config.setting if config.adam() == SETTINGS[config.setting] else "own"
 
 
 SHOWN = "C", 0  # setting and seed of figures 3, 9 and 10
@@ -86,7 +90,7 @@ PRESETS = {
     ),
     "paper": study(
         {"dataset": "cifar10", "width": 64, "steps": 100_000, "log_every": 1000,
-         "checkpoint_every": 5000},
+         "checkpoint_every": 5000, "fid": ("paper",)},
         ([name for name in METHODS if "ResNet" not in name], "ABCDEF", [0]),
         (["ResNet orthonormal hinge", "ResNet SN hinge"], "C", [0]),
     ),
@@ -181,6 +185,7 @@ def command(config: Config) -> str:
         if field.name in config.identity() and value != getattr(default, field.name):
             words.append(f"--{field.name.replace('_', '-')}")
             words += [] if value is True else [f"{value}"]
+    words += ["--fid", *config.fid] if config.fid else []
     return shlex.join([*words, "--out", f"runs/{config.out.name}"])
 
 
@@ -193,7 +198,7 @@ def collect(name: str, config: Config) -> dict[str, Any] | None:
     row = {
         "name": name,
         "method": method,
-        "setting": config.setting,
+        "setting": setting_of(config),
         "loss": config.loss,
         "seed": config.seed,
         "g_updates": config.steps,
@@ -206,21 +211,31 @@ def collect(name: str, config: Config) -> dict[str, Any] | None:
     summary = read_json(config.out / "summary.json")
     quality = summary["quality"]
     fractions = quality["class_fractions"]
-    return row | {
-        "n_real": quality["n_real"],
-        "n_fake": quality["n_fake"],
-        "frechet": quality["frechet_fake"],
-        "frechet_real": quality["frechet_real"],
-        # A class is there if it has a tenth of an even share.
-        "coverage": sum(fraction >= 0.1 / len(fractions) for fraction in fractions),
-        "n_classes": len(fractions),
-        "rarest_class": min(fractions),
-        "confidence": quality["confidence_fake"],
-        "seconds": summary["seconds"]["training"],
-        "device": summary["device"],
-        "versions": summary["versions"],
-        "commit": summary["commit"],
-    }
+    fid = (
+        {name: summary["fid"][0][name] for name in ("fid", "n_real", "n_fake")}
+        if config.fid
+        else {}
+    )
+    return (
+        row
+        | {
+            "images": summary["images"],
+            "n_real": quality["n_real"],
+            "n_fake": quality["n_fake"],
+            "frechet": quality["frechet_fake"],
+            "frechet_real": quality["frechet_real"],
+            # A class is there if it has a tenth of an even share.
+            "coverage": sum(fraction >= 0.1 / len(fractions) for fraction in fractions),
+            "n_classes": len(fractions),
+            "rarest_class": min(fractions),
+            "confidence": quality["confidence_fake"],
+            "seconds": summary["seconds"]["training"],
+            "device": summary["device"],
+            "versions": summary["versions"],
+            "commit": summary["commit"],
+        }
+        | fid
+    )
 
 
 def write(out: Path, preset: str, configs: dict[str, Config]) -> dict[str, Any]:
@@ -290,37 +305,68 @@ def verdict(row: dict[str, Any]) -> str:
 
 
 def table(results: dict[str, Any]) -> str:
-    """The table as Markdown: every row, with the paper's number beside it."""
+    """The table as Markdown, with the paper's numbers: methods over settings, then every row."""
+    rows, not_run = results["rows"], results["not_run"]
+    measured = [row for row in rows if "frechet" in row]
+    key = "fid" if measured and "fid" in measured[0] else "frechet"
+    name = "FID" if key == "fid" else "Fréchet distance"
+    settings = sorted({row["setting"] for row in rows})
     lines = [
-        "| method | setting | seed | loss | Fréchet distance | coverage | rarest class "
-        "| confidence | seconds | the paper's FID | |",
-        "| --- | --- | --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | --- |",
+        f"| {name} | {' | '.join(f'setting {setting}' for setting in settings)} | the paper |",
+        f"| --- |{' ---: |' * len(settings)} ---: |",
     ]
-    for row in results["rows"]:
+    for method in dict.fromkeys(row["method"] for row in rows):
+        cells = [
+            cell([r for r in rows if (r["method"], r["setting"]) == (method, setting)], key)
+            for setting in settings
+        ]
+        lines.append(f"| {' | '.join([method, *cells, str(PAPER.get(method, ''))])} |")
+    lines += [
+        "",
+        f"| method | setting | seed | loss | {name} | coverage | rarest class | confidence "
+        "| seconds | |",
+        "| --- | --- | --- | --- | ---: | ---: | ---: | ---: | ---: | --- |",
+    ]
+    for row in rows:
         cells = [row["method"], row["setting"], row["seed"], row["loss"]]
         cells += ["", "", "", "", ""] if "diverged_at" in row else [
-            f"{row['frechet']:.1f}", f"{row['coverage']}/{row['n_classes']}",
+            f"{row[key]:.1f}", f"{row['coverage']}/{row['n_classes']}",
             f"{row['rarest_class']:.1%}", f"{row['confidence']:.3f}", f"{row['seconds']:.0f}",
         ]  # fmt: skip
-        cells += [PAPER.get(row["method"], ""), verdict(row)]
-        lines.append(f"| {' | '.join(map(str, cells))} |")
-    measured = [row for row in results["rows"] if "frechet" in row]
-    notes = [f"Not run: {'; '.join(results['not_run'])}."] if results["not_run"] else []
+        lines.append(f"| {' | '.join(map(str, [*cells, verdict(row)]))} |")
+    notes = []
     if measured:
         row = measured[0]
         versions = ", ".join(f"{k} {row['versions'][k]}" for k in ("jax", "flax", "optax"))
+        padded = "" if row["images"] == "as they come" else f", {row['images']}"
+        features = (
+            "the Inception network's features" if key == "fid" else
+            "the features of a classifier of this data set (as many training images: "
+            f"{row['frechet_real']:.1f})"
+        )  # fmt: skip
         notes = [
-            f"Fréchet distance of {row['n_fake']} generated to {row['n_real']} held-out images in "
-            f"the features of a classifier of this data set (as many training images: "
-            f"{row['frechet_real']:.1f}); {row['g_updates']} generator updates. Coverage: classes "
-            "with at least a tenth of an even share of the samples. The paper's FID is CIFAR-10's, "
-            "from Inception's features after 100,000 updates, and its best setting's.",
-            *notes,
+            f"{name} of {row['n_fake']} generated to {row['n_real']} real images in {features}; "
+            f"{row['g_updates']} generator updates{padded}. * not converged: a class has less than "
+            "a tenth of an even share of the samples. The paper's numbers are FIDs of CIFAR-10 "
+            "after 100,000 updates, for the best setting.",
             f"{row['device']['kind']}, {row['device']['cpu_cores']} core(s), XLA_FLAGS="
             f"'{row['device']['xla_flags']}'; {versions}; {results['date']}; "
             f"`python -m experiments.gan.table2 --preset {results['preset']}`.",
         ]
-    return "\n".join([*lines, "", *("\n\n".join(notes).splitlines()), ""])
+    notes += [f"Not run: {'; '.join(not_run)}."] if not_run else []
+    return "\n".join([*lines, "", "\n\n".join(notes), ""])
+
+
+def cell(rows: list[dict[str, Any]], key: str) -> str:
+    """Of a method at a setting: the mean over the seeds and their range."""
+    if not rows:
+        return ""
+    values = [row[key] for row in rows if key in row]
+    if len(values) < len(rows):
+        return "diverged"
+    star = "*" if any(verdict(row) for row in rows) else ""
+    spread = f" ({min(values):.1f} to {max(values):.1f})" if len(values) > 1 else ""
+    return f"{np.mean(values):.1f}{star}{spread}"
 
 
 def draw(out: Path, results: dict[str, Any]) -> None:
