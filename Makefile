@@ -6,7 +6,7 @@ RUN := $(VENV)/bin/python
 # PyTorch is large: a CPU build that is at hand can be named here.
 TORCH ?= torch
 
-.PHONY: demo test test-torch lint clean
+.PHONY: demo test test-slow test-torch lint clean
 
 ## Train an SN-GAN on handwritten digits; prints where the pictures are.
 demo: $(VENV)/.experiments
@@ -16,7 +16,11 @@ demo: $(VENV)/.experiments
 test: $(VENV)/.test
 	$(RUN) -m pytest -n 2 --dist loadgroup
 
-## Checkpoint conversion against the live PyTorch (its recorded outputs are in make test).
+## A run of the CIFAR-10 presets with FID from end to end, in little; about two minutes.
+test-slow: $(VENV)/.test
+	XLA_FLAGS= $(RUN) -m pytest -m slow tests/test_slow.py  # compiled as users compile
+
+## Checkpoint conversion and FID's network against the live PyTorch (its recorded outputs are in make test).
 test-torch: $(VENV)/.test $(VENV)/.installed-torch
 	$(RUN) -m pytest tests/test_torch_live.py
 

@@ -21,8 +21,10 @@ class UserError(Exception):
     """What the user can put right: one sentence that says what is wrong and what to do."""
 
 
-def parse(config: type[T], prog: str, args: list[str]) -> T:
+def parse(config: type[T], prog: str, args: list[str], default: T | None = None) -> T:
     """The options; a wrong one becomes one line instead of tyro's box.
+
+    Those that are not given are ``default``'s, or those of ``config()``.
 
     Raises:
       UserError: an option that is unknown, or a value that ``config`` refuses.
@@ -30,7 +32,7 @@ def parse(config: type[T], prog: str, args: list[str]) -> T:
     box = io.StringIO()
     try:
         with contextlib.redirect_stderr(box):
-            return tyro.cli(config, prog=prog, args=args)
+            return tyro.cli(config, prog=prog, args=args, default=default)
     except SystemExit as stop:
         if not stop.code:  # --help
             raise
@@ -58,11 +60,16 @@ def commit() -> str | None:
         return None
 
 
-def write_text(path: Path, text: str) -> None:
+def write_bytes(path: Path, content: bytes) -> None:
     """Replace a file as a whole: a kill leaves the old one or the new one, never half of it."""
     partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text)
+    partial.write_bytes(content)
     os.replace(partial, path)
+
+
+def write_text(path: Path, text: str) -> None:
+    """``write_bytes`` of the text in UTF-8."""
+    write_bytes(path, text.encode())
 
 
 def aligned(rows: list[list[Any]]) -> str:

@@ -16,7 +16,7 @@ import numpy as np
 from jax import Array, lax
 from jax.tree_util import GetAttrKey, keystr, register_dataclass, tree_flatten_with_path
 
-from sn_jax import _power
+from sn_jax import _power, _sharding
 from sn_jax._views import Matrix, View, check_linear, compute_dtype
 
 Params = Any
@@ -292,14 +292,23 @@ def spectral_penalty(params: Params, state: State) -> Array:
 
 def start_state(w: Array, view: View, n_vectors: int, seed: Array | int = 0) -> Singular:
     """Unit noise for one leaf, before any iteration."""
-    batch, domain, codomain = _spaces(view, w.shape)
+    batch, domain, codomain = _spaces(view, _sharding.whole_shape(view, w.shape))
     k = min(n_vectors, max(1, math.prod(domain)), max(1, math.prod(codomain)))
     dtype, lead = compute_dtype(w.dtype), len(batch) + 1
     seed = jnp.asarray(seed, jnp.uint32)
+    split = _sharding.batch_names(view, w.ndim)
+
+    def vectors(seed, space):
+        # Those of the whole batch, so that each device starts from its own part of them.
+        shape = (*_sharding.whole(batch, split), k, *space)
+        x = _sharding.own_blocks(_power.noise(seed, shape, dtype), split)
+        return _power.unit(x, 0.0, lead)
+
     # Both random: where the weights give no direction yet (zeros), either is a start.
-    u = _power.unit(_power.noise(seed, (*batch, k, *codomain), dtype), 0.0, lead)
-    v = _power.unit(_power.noise(~seed, (*batch, k, *domain), dtype), 0.0, lead)
-    return Singular(u, v, jnp.zeros(batch, dtype), view)
+    u, v = vectors(seed, codomain), vectors(~seed, domain)
+    sigma = _sharding.pcast(jnp.zeros(batch, dtype), sum(split, ()))
+    sigma, u, v = _sharding.take_types((sigma, u, v), w, _sharding.types(view, w))
+    return Singular(u, v, sigma, view)
 
 
 def stored_state(w: Array, view: View, u: Array, sigma: Array) -> Singular:
@@ -307,7 +316,7 @@ def stored_state(w: Array, view: View, u: Array, sigma: Array) -> Singular:
 
     A v to fall back on, so that a u that is zero (as flax leaves it after a zero kernel) recovers.
     """
-    batch, domain, _ = _spaces(view, w.shape)
+    batch, domain, _ = _spaces(view, _sharding.whole_shape(view, w.shape))
     k = u.shape[len(batch)] if u.ndim > len(batch) else 1  # a wrong shape is told later
     v = _power.ramp((*batch, k, *domain), compute_dtype(w.dtype))
     return Singular(u, v, sigma, view)
@@ -383,7 +392,7 @@ def scaled_product(leaf: Leaf) -> Callable[..., Array]:
             and (jax.default_backend() == "cpu" or precision == lax.Precision.HIGHEST)
         ):
             product = lax.dot_general(x, leaf.w, dimensions, precision=precision, **options)
-            return product * leaf.factor
+            return product * _sharding.broadcast_like(leaf.factor, product, ())
         return lax.dot_general(x, scaled, dimensions, precision=precision, **options)
 
     return dot_general
@@ -405,14 +414,18 @@ def _run(method, w, singular):
     view, dtype = singular.view, compute_dtype(w.dtype)
     # Vectors are constants of the gradient, also where a user differentiates through a state.
     u, v = (lax.stop_gradient(x).astype(dtype) for x in (singular.u, singular.v))
-    batch_ndim = len(view.batch_shape(w.shape))
-    return method(view.matvec, w.astype(dtype), u, v, batch_ndim=batch_ndim)
+    split = _sharding.batch_names(view, w.ndim)
+    u, v = (_sharding.pcast(x, sum(split, ())) for x in (u, v))
+    apply, batch_ndim = partial(_sharding.matvec, view), len(view.batch_shape(w.shape))
+    run = partial(method, apply, batch_ndim=batch_ndim)
+    run = _sharding.lift_types(run, w, _sharding.types(view, w))
+    return _power.PowerResult(*run(w.astype(dtype), u, v))
 
 
 def _updated(singular, sigma, u, v):
-    """The state keeps its dtypes, so that it can be a scan's carry."""
+    """The state keeps its dtypes and shardings, so that it can be a scan's carry."""
     old = singular.sigma, singular.u, singular.v
-    sigma, u, v = (new.astype(x.dtype) for new, x in zip((sigma, u, v), old, strict=True))
+    sigma, u, v = map(_sharding.like, (sigma, u, v), old)
     return replace(singular, u=u, v=v, sigma=sigma)
 
 
@@ -565,6 +578,7 @@ def _checked_weight(path: str, w: Any, view: View) -> Array:
         )
     try:
         view.batch_shape(w.shape)
+        _sharding.check_split(view, w)
     except ValueError as error:
         raise ValueError(f"{path} of shape {jnp.shape(w)}: {error}") from None
     return w
@@ -593,7 +607,8 @@ def weights_of(params: Params, state: State) -> dict[str, Array]:
                 f"{listed(leaves)}."
             )
         w = _checked_weight(path, leaves[path], singular.view)
-        batch, domain, codomain = _spaces(singular.view, w.shape)
+        shape = _sharding.whole_shape(singular.view, w.shape)
+        batch, domain, codomain = _spaces(singular.view, shape)
         k = singular.v.shape[len(batch)] if singular.v.ndim > len(batch) else 1
         for name, space in (("u", codomain), ("v", domain)):
             expected, got = (*batch, k, *space), getattr(singular, name).shape

@@ -18,6 +18,8 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.tree_util import Partial
 
+from sn_jax import _sharding
+
 
 class PowerResult(NamedTuple):
     """A singular triple as far as the iteration got: ``A v = sigma u`` holds exactly.
@@ -182,7 +184,7 @@ def converge(
 
     def unfinished(carry):
         i, _, _, _, _, residual = carry
-        return (i < max_steps) & jnp.any(residual > rtol)
+        return (i < max_steps) & _sharding.anywhere(jnp.any(residual > rtol))
 
     def step(carry):
         i, u, v, z, _, _ = carry

@@ -16,6 +16,7 @@ import pytest
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "float32: run with JAX's default, 64-bit types disabled")
+    config.addinivalue_line("markers", "slow: minutes of its own, in make test-slow only")
     jax.config.update("jax_numpy_rank_promotion", "raise")
     jax.config.update("jax_numpy_dtype_promotion", "strict")
     jax.config.update("jax_enable_x64", True)

@@ -22,7 +22,8 @@ from experiments.data import load
 from experiments.gan import __main__ as cli
 from experiments.gan import evaluate, loop
 from experiments.gan.networks import Discriminator, Generator, n_stages
-from experiments.gan.train import LOSSES, SETTINGS, Config, make_training
+from experiments.gan.train import LOSSES, SETTINGS, Config, Data, make_training
+from experiments.metrics import frechet_distance
 
 # One group: the tests of runs share them, and a second worker would make its own.
 pytestmark = [pytest.mark.float32, pytest.mark.xdist_group("gan")]
@@ -113,6 +114,24 @@ def sigmoid(x):
             id="hinge",
         ),
         pytest.param(
+            "wasserstein",
+            lambda r, f: np.mean(f) - np.mean(r),
+            lambda r: -np.ones_like(r),
+            lambda f: np.ones_like(f),
+            lambda f: -np.mean(f),
+            lambda f: -np.ones_like(f),
+            id="wasserstein",
+        ),
+        pytest.param(
+            "least-squares",
+            lambda r, f: (np.mean((r - 1) ** 2) + np.mean(f**2)) / 2,
+            lambda r: r - 1,
+            lambda f: f,
+            lambda f: np.mean((f - 1) ** 2) / 2,
+            lambda f: f - 1,
+            id="least-squares",
+        ),
+        pytest.param(
             "non-saturating",
             lambda r, f: -np.mean(np.log(sigmoid(r))) - np.mean(np.log(1 - sigmoid(f))),
             lambda r: sigmoid(r) - 1,
@@ -141,7 +160,8 @@ def test_losses_and_gradients_against_closed_forms(name, d_value, d_real, d_fake
 @pytest.fixture(scope="module")
 def images():
     """A corner of each digit: a network of one stage compiles fast."""
-    return load("digits", "train")[0][:, 2:6, 2:6]
+    images, labels = load("digits", "train")
+    return Data(images[:, 2:6, 2:6], labels)
 
 
 @pytest.fixture(scope="module")
@@ -153,7 +173,7 @@ def test_a_step_advances_u_once_and_keeps_the_raw_weights(tiny, images):
     state = tiny.init(jax.random.key(0))
     old_params = jax.tree.map(np.array, state.d_params)
     _, once = sn_jax.spectral_normalize(state.d_params, state.d_method)
-    state, losses = tiny.step(state, images, 1)
+    state, losses = tiny.step(state, images)
     assert int(state.step) == 1
     assert all(np.isfinite(loss) for loss in losses.values())
     # From the weights before the step, whose generator half left it as it was.
@@ -169,8 +189,8 @@ def test_a_step_advances_u_once_and_keeps_the_raw_weights(tiny, images):
 def test_steps_in_one_scan_are_the_same_steps(tiny, images):
     single = tiny.init(jax.random.key(1))
     for _ in range(3):
-        single, losses = tiny.step(single, images, 1)
-    scanned, scanned_losses = tiny.step(tiny.init(jax.random.key(1)), images, 3)
+        single, losses = tiny.step(single, images)
+    scanned, scanned_losses = tiny.steps(tiny.init(jax.random.key(1)), images, 3)
     assert int(scanned.step) == 3
     jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-2, atol=1e-5), scanned, single)
     jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-3), scanned_losses, losses)
@@ -199,48 +219,6 @@ def test_digits_are_split_once_and_for_all():
     assert not {x.tobytes() for x in train} & {x.tobytes() for x in test}
     assert np.bincount(test_labels).min() >= 43
     assert len(train_labels) == 1347
-    with pytest.raises(ValueError, match="Unknown data set 'cifar': choose from digits"):
-        load("cifar", "train")
-    with pytest.raises(ValueError, match="Unknown split 'valid': choose from train, test"):
-        load("digits", "valid")
-
-
-def gaussian(rng, mean, covariance_root, n):
-    """A sample of n with exactly this mean and this covariance, ``R R^T``."""
-    x = rng.standard_normal((n, covariance_root.shape[1]))
-    x -= x.mean(0)
-    q, _ = np.linalg.qr(x)
-    return mean + np.sqrt(n - 1) * q @ covariance_root.T
-
-
-def test_frechet_distance_against_closed_forms():
-    rng = np.random.default_rng(0)
-    q, _ = np.linalg.qr(rng.standard_normal((6, 6)))
-    a, b = rng.uniform(0.5, 2, (2, 6))
-    means = rng.standard_normal((2, 6))
-    # Commuting covariances Q A^2 Q^T and Q B^2 Q^T: |m - n|^2 + |a - b|^2.
-    x = gaussian(rng, means[0], q * a, 50)
-    y = gaussian(rng, means[1], q * b, 80)
-    expected = np.sum((means[0] - means[1]) ** 2) + np.sum((a - b) ** 2)
-    assert evaluate.frechet_distance(x, y) == pytest.approx(expected, rel=1e-9)
-    assert evaluate.frechet_distance(y, x) == pytest.approx(expected, rel=1e-9)
-    assert evaluate.frechet_distance(x, x) == pytest.approx(0, abs=1e-9)
-    # In two dimensions tr (CD)^(1/2) = sqrt(tr CD + 2 sqrt(det CD)); these do not commute.
-    c, d = np.array([[2.0, 0.5], [0.5, 1.0]]), np.array([[1.0, -0.7], [-0.7, 3.0]])
-    x = gaussian(rng, np.zeros(2), np.linalg.cholesky(c), 50)
-    y = gaussian(rng, np.zeros(2), np.linalg.cholesky(d), 50)
-    root = np.sqrt(np.trace(c @ d) + 2 * np.sqrt(np.linalg.det(c @ d)))
-    expected = np.trace(c) + np.trace(d) - 2 * root
-    assert evaluate.frechet_distance(x, y) == pytest.approx(expected, rel=1e-9)
-
-
-def test_frechet_distance_of_fewer_points_than_dimensions():
-    rng = np.random.default_rng(0)
-    x = rng.standard_normal((5, 40))
-    shift = rng.standard_normal(40)
-    assert evaluate.frechet_distance(x, x) == pytest.approx(0, abs=1e-6)
-    expected = np.sum(shift**2)
-    assert evaluate.frechet_distance(x, x + shift) == pytest.approx(expected, rel=1e-6)
 
 
 def test_quality_counts_classes_and_confidence():
@@ -262,12 +240,8 @@ def test_quality_counts_classes_and_confidence():
     assert result["confidence_fake"] == pytest.approx(0.75)
     assert result["classifier_accuracy"] == 0.75
     assert (result["n_real"], result["n_fake"], result["n_samples"]) == (40, 40, 100)
-    assert result["frechet_real"] == evaluate.frechet_distance(
-        train[:, 0, :2, 0], test[:, 0, :2, 0]
-    )
-    assert result["frechet_fake"] == evaluate.frechet_distance(
-        fake[:40, 0, :2, 0], test[:, 0, :2, 0]
-    )
+    assert result["frechet_real"] == frechet_distance(train[:, 0, :2, 0], test[:, 0, :2, 0])
+    assert result["frechet_fake"] == frechet_distance(fake[:40, 0, :2, 0], test[:, 0, :2, 0])
 
 
 # --- Runs -----------------------------------------------------------------------------------
@@ -391,12 +365,12 @@ def test_interrupt_of_the_evaluation(capsys, monkeypatch, tmp_path):
 def test_many_steps_a_dispatch_as_on_an_accelerator(monkeypatch, tiny, images, tmp_path):
     dispatches = []
 
-    def step(state, images, length):
-        dispatches.append(length)
-        return tiny.step(state, images, length)
+    def steps(state, images, n):
+        dispatches.append(n)
+        return tiny.steps(state, images, n)
 
     monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
-    monkeypatch.setattr(loop, "make_training", lambda *args: tiny._replace(step=step))
+    monkeypatch.setattr(loop, "make_training", lambda *args: tiny._replace(steps=steps))
     config = Config(steps=7, log_every=3, checkpoint_every=6, out=tmp_path, progress=False)
     _, state = loop.train(config, images)
     assert int(state.step) == 7
@@ -406,8 +380,8 @@ def test_many_steps_a_dispatch_as_on_an_accelerator(monkeypatch, tiny, images, t
 
 
 def test_a_run_that_diverges_is_stopped(monkeypatch, tiny, images, tmp_path):
-    def step(state, images, length):
-        state, losses = tiny.step(state, images, length)
+    def step(state, images):
+        state, losses = tiny.step(state, images)
         return state, losses | {"loss_g": jnp.nan}
 
     monkeypatch.setattr(loop, "make_training", lambda *args: tiny._replace(step=step))
@@ -476,10 +450,15 @@ def refused(capsys, *args):
 @pytest.mark.parametrize(
     ("args", "said"),
     [
-        (["--dataset", "cifar"], "invalid choice 'cifar' for argument '--dataset'"),
+        (["--dataset", "cifar"], "Unknown data set 'cifar': choose from digits, mnist"),
         (["--setting", "G"], "('A', 'B', 'C', 'D', 'E', 'F')"),
         (["--loss", "mse"], "invalid choice 'mse' for argument '--loss'"),
-        (["--normalization", "bn"], "('sn', 'none')"),
+        (["--normalization", "dn"], "invalid choice 'dn' for argument '--normalization'"),
+        (["--size", "9"], "does not fit images of 9x9 pixels: give a --size of at least 4, to"),
+        (["--strength", "3"], "normalization sn has no strength"),
+        (["--ema", "1"], "ema must be from 0 to 1, and below 1, got 1"),
+        (["--minutes", "0"], "minutes must be positive and finite, got 0"),
+        (["--preset", "mine"], "invalid choice 'mine' for argument '--preset'"),
         (["--steps", "many"], "--steps"),
         (["--steps", "0"], "steps must be at least 1, got 0"),
         (["--width", "-3"], "width must be at least 1, got -3"),

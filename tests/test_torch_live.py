@@ -1,4 +1,5 @@
-"""The checks of test_convert against the torch that is installed: ``make test-torch``."""
+"""The checks of test_convert and of FID's network against the torch that is installed:
+``make test-torch``."""
 
 import jax
 import jax.numpy as jnp
@@ -8,10 +9,16 @@ import pytest
 pytest.importorskip("torch", reason="torch is installed by make test-torch only")
 
 import test_convert as recorded_tests
+import test_metrics
 import torch
+from fixtures import make_inception_fixtures
 from fixtures.make_torch_fixtures import APIS, cases, record
 from test_convert import CASES, FIXTURES, LAYERS, template_of
 
+from experiments.cli import UserError
+from experiments.data import default_data_dir
+from experiments.data.fetch import fetch
+from experiments.metrics.weights import FILE, SOURCE, inception_params
 from sn_jax.convert import from_torch, to_torch
 
 pytestmark = [pytest.mark.float32, pytest.mark.filterwarnings("ignore")]  # torch's deprecations
@@ -81,3 +88,31 @@ def test_the_fixtures_are_what_this_torch_computes():
                 np.testing.assert_allclose(
                     arrays[f"{api}/{case}/eval"], result["eval"], rtol=1e-4, atol=1e-5
                 )
+
+
+# --- The network of FID -----------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def originals():
+    """What the original TorchScript network computes, here and now."""
+    try:
+        fetch(SOURCE, default_data_dir())
+    except UserError as error:
+        pytest.skip(str(error))
+    return make_inception_fixtures.record(default_data_dir() / FILE)
+
+
+def test_inception_on_random_weights_equals_the_original(originals):
+    test_metrics.test_the_network_on_random_weights_equals_the_original(originals)
+
+
+@pytest.mark.parametrize("i", range(len(make_inception_fixtures.SIZES)), ids=str)
+def test_inception_features_equal_the_original(originals, i):
+    test_metrics.test_features_equal_the_original(originals, inception_params(), i)
+
+
+def test_the_recorded_features_are_what_this_torch_computes(originals):
+    with np.load(test_metrics.RECORDED) as arrays:
+        for name, result in originals.items():
+            np.testing.assert_allclose(arrays[name], result, rtol=1e-3, atol=1e-4)

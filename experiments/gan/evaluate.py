@@ -1,7 +1,8 @@
 """How good the samples are: judged by a classifier of the real images."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
+from itertools import islice
 from typing import Any
 
 import jax
@@ -9,6 +10,9 @@ import numpy as np
 import optax
 from flax import linen as nn
 from jax import Array
+
+from experiments.gan.train import LATENT, State, Training, scaled
+from experiments.metrics.distances import frechet_distance
 
 N_SAMPLES = 2000
 
@@ -28,23 +32,26 @@ class Classifier(nn.Module):
         return nn.Dense(self.n_classes)(features), features
 
 
-def train_classifier(images: np.ndarray, labels: np.ndarray, *, epochs: int = 15) -> Judge:
+def train_classifier(images: np.ndarray, labels: np.ndarray) -> Judge:
     """Train the classifier, always with the same seed: one judge for every run.
 
+    Fifteen passes over the images in batches of 64, but at most a thousand batches.
+
     Args:
-      images: (n, h, w, c) in [-1, 1].
+      images: uint8, (n, h, w, c).
       labels: (n,), integers from 0.
-      epochs: passes over the images, in batches of 64.
 
     Returns:
       A function from images to class probabilities (n, n_classes) and features (n, 64).
     """
     classifier = Classifier(int(labels.max()) + 1)
     rng = np.random.default_rng(0)
-    batch_size = 64
+    batch_size = min(64, len(images))
     n_batches = len(images) // batch_size
-    schedule = optax.cosine_decay_schedule(2e-3, epochs * n_batches)
-    adam = optax.adam(schedule)
+    passes = (rng.permutation(len(images))[: n_batches * batch_size] for _ in range(15))
+    batches = (rows for order in passes for rows in order.reshape(n_batches, -1))
+    n_steps = min(15 * n_batches, 1000)
+    adam = optax.adam(optax.cosine_decay_schedule(2e-3, n_steps))
 
     @partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})  # it runs once
     def init(x):
@@ -60,38 +67,33 @@ def train_classifier(images: np.ndarray, labels: np.ndarray, *, epochs: int = 15
         updates, opt_state = adam.update(jax.grad(objective)(params), opt_state)
         return optax.apply_updates(params, updates), opt_state
 
-    params, opt_state = init(images[:1])
-    for _ in range(epochs):
-        for rows in rng.permutation(len(images))[: n_batches * batch_size].reshape(n_batches, -1):
-            params, opt_state = step(params, opt_state, images[rows], labels[rows])
+    params, opt_state = init(scaled(images[:1]))
+    for rows in islice(batches, n_steps):
+        params, opt_state = step(params, opt_state, scaled(images[rows]), labels[rows])
 
     @jax.jit
     def judge(x):
         logits, features = classifier.apply({"params": params}, x)
         return jax.nn.softmax(logits), features
 
-    return lambda x: jax.device_get(judge(x))
+    def in_parts(x):
+        parts = [jax.device_get(judge(x[i : i + 500])) for i in range(0, len(x), 500)]
+        return tuple(np.concatenate(part) for part in zip(*parts, strict=True))
+
+    return in_parts
 
 
-def frechet_distance(x: np.ndarray, y: np.ndarray) -> float:
-    """Squared Fréchet distance between Gaussians fitted to two sets of features.
+def generated(training: Training, state: State, n: int, n_classes: int) -> Iterator[np.ndarray]:
+    """n samples in batches (100, h, w, c) in [-1, 1], of random classes; the last may be smaller.
 
-    ``|mu_x - mu_y|^2 + tr(C_x + C_y - 2 (C_x C_y)^(1/2))``, the quantity called FID when the
-    features are Inception's (Heusel et al. 2017, equation 6). With ``C = R R^T`` the trace of
-    the root is the sum of singular values of ``R_x^T R_y``: stable without full rank.
-
-    Args:
-      x: (n, d).
-      y: (m, d).
+    Their randomness follows from the state, and no training step has used it.
     """
-    means, roots = [], []
-    for features in (np.asarray(x, np.float64), np.asarray(y, np.float64)):
-        values, vectors = np.linalg.eigh(np.cov(features, rowvar=False))
-        means.append(features.mean(0))
-        roots.append(vectors * np.sqrt(np.maximum(values, 0)))
-    traces = sum(np.sum(root**2) for root in roots)
-    cross = np.linalg.svd(roots[0].T @ roots[1], compute_uv=False).sum()
-    return float(np.sum((means[0] - means[1]) ** 2) + traces - 2 * cross)
+    key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
+    z_key, label_key = jax.random.split(key)
+    latents = jax.random.normal(z_key, (-(-n // 100), 100, LATENT), np.float32)
+    labels = jax.random.randint(label_key, latents.shape[:2], 0, n_classes)
+    for i, batch in enumerate(zip(latents, labels, strict=True)):
+        yield np.asarray(training.sample(state, *batch))[: n - 100 * i]
 
 
 def quality(

@@ -6,7 +6,7 @@ import shutil
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,35 +16,62 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from jax import Array
+from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
 from experiments.cli import UserError, write_text
-from experiments.gan.train import Config, State, Training, make_training
+from experiments.gan.train import Config, Data, State, Training, make_training
+
+# A look at the run where a checkpoint was saved or restored; returns scalars for TensorBoard.
+AtCheckpoint = Callable[[Training, State], dict[str, float]]
 
 
-def train(config: Config, images: np.ndarray) -> tuple[Training, State]:
+class Paused(Exception):
+    """The time is up; its text says which checkpoint is saved."""
+
+
+class Diverged(UserError):
+    """A loss or weight is not finite; ``step`` is the last one made."""
+
+    def __init__(self, step: int, saved: int):
+        super().__init__(
+            f"Training diverged before step {step}: a loss or weight is not finite "
+            f"(the checkpoint of step {saved} is, and stays). "
+            "Start again in another --out with a setting of smaller learning rate, such as A or B."
+        )
+        self.step = step
+
+
+def train(
+    config: Config, data: Data, n_classes: int = 1, at_checkpoint: AtCheckpoint | None = None
+) -> tuple[Training, State]:
     """Train from the output folder's last checkpoint, or from the start if it has none.
 
-    Writes metrics.jsonl and checkpoints to the output folder. Killed at any moment and called
-    again, it ends in exactly the state of a run that was never stopped.
+    Writes metrics.jsonl, the same rows as TensorBoard's events, and checkpoints to the output
+    folder. Killed at any moment and called again, it ends in exactly the state of a run that was
+    never stopped.
 
     Args:
       config: the run.
-      images: uint8, (n, size, size, channels).
+      data: the real images, and their labels below ``n_classes``.
+      n_classes: how many a conditional network tells apart.
+      at_checkpoint: called before the end whenever a checkpoint was saved or restored.
 
     Returns:
       The run's functions and its last state.
 
     Raises:
-      UserError: a damaged checkpoint, one from beyond ``config.steps``, a loss or weight that is
-        not finite.
+      UserError: a damaged checkpoint, or one from beyond ``config.steps``.
+      Diverged: a loss or weight is not finite; no checkpoint holds such a thing.
+      Paused: ``config.minutes`` have passed, after saving a checkpoint.
       KeyboardInterrupt: on Ctrl-C, after saving a checkpoint; its text says which.
     """
-    training = make_training(config, images.shape[1:])
-    images = jnp.asarray(images)
-    # One step a dispatch on a CPU, where XLA's convolutions are many times slower inside a
-    # compiled loop; on an accelerator all the steps up to the next thing to write.
-    scan = jax.default_backend() != "cpu"
+    start = time.perf_counter()
+    training = make_training(config, data.images.shape[1:], n_classes)
+    data = jax.tree.map(jnp.asarray, data)
+    # On a CPU, where XLA's convolutions are many times slower inside a compiled loop, every
+    # update is a dispatch; on an accelerator all the steps up to the next thing to write are one.
+    many = jax.default_backend() != "cpu"
 
     with _deferred_interrupt() as interrupt:
         if _saved_steps(config.out):
@@ -57,16 +84,27 @@ def train(config: Config, images: np.ndarray) -> tuple[Training, State]:
         row_step, row_time = step, time.perf_counter()
         bar = tqdm(initial=step, total=config.steps, unit="step", disable=not config.progress)
         bar.set_postfix_str("compiling")
-        with (config.out / "metrics.jsonl").open("a") as metrics, bar:
+        # TensorBoard drops what an earlier process wrote from this step on: it comes again.
+        events = SummaryWriter(str(config.out), purge_step=step + 1 if step else None)
+        with (config.out / "metrics.jsonl").open("a") as metrics, events, bar:
+            on_disk = step > 0  # there is a checkpoint of this very state
             while step < config.steps:
+                if at_checkpoint and on_disk:
+                    looked = time.perf_counter()
+                    for tag, value in at_checkpoint(training, state).items():
+                        events.add_scalar(tag, value, step)
+                    row_time += time.perf_counter() - looked  # no time of the training
                 row_at = _next_multiple(step, config.log_every)
                 save_at = _next_multiple(step, config.checkpoint_every)
-                stop = min(row_at, save_at, config.steps) if scan else step + 1
-                state, losses = training.step(state, images, stop - step)
+                stop = min(row_at, save_at, config.steps) if many else step + 1
+                if many:
+                    state, losses = training.steps(state, data, stop - step)
+                else:
+                    state, losses = training.step(state, data)
                 bar.update(stop - step)
                 step = stop
                 if step in (row_at, config.steps):
-                    row = {"step": step} | _measure(training, state, losses)
+                    row = {"step": step} | _measure(config, training, state, losses)
                     now = time.perf_counter()
                     seconds += now - row_time
                     speed = (step - row_step) / (now - row_time)
@@ -75,11 +113,20 @@ def train(config: Config, images: np.ndarray) -> tuple[Training, State]:
                     # Before the checkpoint, so that no row of a checkpoint's past is ever missing.
                     metrics.write(json.dumps(row, allow_nan=False) + "\n")
                     metrics.flush()
+                    for tag, value in _scalars(row):
+                        events.add_scalar(tag, value, step)
+                    events.flush()
                     bar.set_postfix_str(_postfix(row))
-                if step in (save_at, config.steps) or interrupt.is_set():
+                late = config.minutes and time.perf_counter() - start > 60 * config.minutes
+                on_disk = step in (save_at, config.steps) or interrupt.is_set() or late
+                if on_disk:
+                    _require_finite(config, step, state)
                     _save(config.out, state)
+                saved = f"step {step} of {config.steps} is saved"
                 if interrupt.is_set():
-                    raise KeyboardInterrupt(f"step {step} of {config.steps} is saved")
+                    raise KeyboardInterrupt(saved)
+                if late and step < config.steps:
+                    raise Paused(saved)
     return training, state
 
 
@@ -91,10 +138,10 @@ def read_json(path: Path) -> Any:
         raise UserError(f"{path} is damaged ({error}): give another --out.") from error
 
 
-def read_rows(out: Path) -> list[dict[str, Any]]:
-    """The rows of metrics.jsonl; a last one that a kill cut short is left out."""
+def read_rows(out: Path, name: str = "metrics.jsonl") -> list[dict[str, Any]]:
+    """The rows of a file of the run; a last one that a kill cut short is left out."""
     rows = []
-    path = out / "metrics.jsonl"
+    path = out / name
     for line in path.read_text().splitlines() if path.exists() else []:
         try:
             rows.append(json.loads(line))
@@ -117,23 +164,37 @@ def _keep_rows(out: Path, step: int) -> list[dict[str, Any]]:
     return rows
 
 
-def _measure(training: Training, state: State, losses: dict[str, Array]) -> dict[str, Any]:
+def _require_finite(config: Config, step: int, tree: Any) -> None:
+    """Raises Diverged unless all of the tree is."""
+    leaves = jax.tree.leaves(jax.device_get(tree))
+    if not all(np.isfinite(x).all() for x in leaves):
+        raise Diverged(step, max(_saved_steps(config.out), default=0))
+
+
+def _measure(
+    config: Config, training: Training, state: State, losses: dict[str, Array]
+) -> dict[str, Any]:
     """The losses, and for every layer the two norms of the paper's fig. 9.
 
     ``sigma_hat`` is the method's estimate of the raw kernel's norm; ``sigma_bar`` the true norm
     of the kernel that the network runs with, by SVD.
     """
     losses, (estimates, kernels) = jax.device_get((losses, training.spectra(state)))
-    if not all(np.isfinite(x).all() for x in [*losses.values(), *kernels.values()]):
-        raise UserError(
-            f"Training diverged before step {state.step}: a loss or weight is not finite. "
-            "Start again in another --out with a setting of smaller learning rate, such as A or B."
-        )
+    _require_finite(config, int(state.step), (losses, kernels))
     matrices = {path: w.reshape(-1, w.shape[-1]) for path, w in kernels.items()}
     return {name: float(loss) for name, loss in losses.items()} | {
         "sigma_hat": {path: float(sigma) for path, sigma in estimates.items()},
         "sigma_bar": {path: float(np.linalg.norm(w, 2)) for path, w in matrices.items()},
     }
+
+
+def _scalars(row: dict[str, Any]) -> Iterator[tuple[str, float]]:
+    """What a row says, by TensorBoard's tag."""
+    for name, value in row.items():
+        if isinstance(value, dict):
+            yield from ((f"{name}/{path}", number) for path, number in value.items())
+        elif name != "step":
+            yield name, value
 
 
 def _postfix(row: dict[str, Any]) -> str:
@@ -213,7 +274,7 @@ def _restore(config: Config, training: Training) -> State:
     place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     structure = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
-        jax.eval_shape(training.init, jax.random.key(config.seed)),
+        training.shapes(jax.random.key(config.seed)),
     )
     try:
         with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:

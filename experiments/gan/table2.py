@@ -1,0 +1,339 @@
+"""``python -m experiments.gan.table2``: the paper's comparison of methods, row by row.
+
+Every row is a run of ``python -m experiments.gan`` in a folder of its own; the table says its
+command. Killed at any moment and called again, it goes on where it was.
+"""
+
+import dataclasses
+import datetime
+import json
+import shlex
+import sys
+import time
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import numpy as np
+
+from experiments.bench.timing import interleaved, median_ratio
+from experiments.cli import UserError, parse, write_text
+from experiments.gan import plots
+from experiments.gan.loop import Diverged, Paused, read_json, read_rows
+from experiments.gan.run import open_folder, real_images, run
+from experiments.gan.train import Config, make_training
+
+# Fréchet distances (FID) of the paper's table 2 on CIFAR-10: 10,000 real and 5,000 generated.
+PAPER = {
+    "clip": 42.6, "GAN-GP": 37.7, "WGAN-GP": 40.2, "BN": 56.3, "LN": 33.9, "WN": 34.7,
+    "orthonormal": 29.0, "SN": 29.3, "SN hinge": 25.5, "ResNet orthonormal hinge": 23.8,
+    "ResNet SN hinge": 21.7,
+}  # fmt: skip
+
+# What a method of the table is: normalization and loss, and what else is not the preset's. The
+# loss is the paper's: equation 1 but for WGAN-GP and where it says hinge.
+METHODS: dict[str, dict[str, Any]] = {
+    "none": {"normalization": "none"},
+    "clip": {"normalization": "clip"},
+    "GAN-GP": {"normalization": "gp"},
+    "WGAN-GP": {"normalization": "gp", "loss": "wasserstein"},
+    "BN": {"normalization": "bn"},
+    "LN": {"normalization": "ln"},
+    "WN": {"normalization": "wn"},
+    "orthonormal": {"normalization": "orthonormal"},
+    "SN": {"normalization": "sn"},
+    "SN hinge": {"normalization": "sn", "loss": "hinge"},
+    "SN operator": {"normalization": "sn-operator"},
+    "SN + WGAN-GP": {"normalization": "sn-gp", "loss": "wasserstein"},
+    "SN regularization": {"normalization": "sn-regularization"},
+    "projection": {"normalization": "projection"},
+    "L2": {"normalization": "l2"},
+    "lasso": {"normalization": "lasso"},
+}
+_RESNET = {"architecture": "resnet", "loss": "hinge", "learning_rate": 2e-4, "b1": 0.0,
+           "b2": 0.9, "n_dis": 5}  # fmt: skip
+METHODS["ResNet orthonormal hinge"] = {"normalization": "orthonormal"} | _RESNET
+METHODS["ResNet SN hinge"] = {"normalization": "sn"} | _RESNET
+
+
+def study(common: dict[str, Any], *parts: tuple[list[str], str, list[int]]) -> dict[str, Config]:
+    """Rows by name: each part's methods x settings x seeds, in this order."""
+    rows = {}
+    for methods, settings, seeds in parts:
+        for seed in seeds:
+            for method in methods:
+                for setting in settings:
+                    options = {"loss": "non-saturating"} | common | METHODS[method]
+                    name = f"{method}, {setting}, seed {seed}"
+                    rows[name] = Config(**options, setting=setting, seed=seed)
+    return rows
+
+
+SHOWN = "C", 0  # setting and seed of figures 3, 9 and 10
+
+PRESETS = {
+    # The first rows of a part are those that are wanted most: what the time does not suffice for
+    # is listed as not run.
+    "tiny": study(
+        {"dataset": "digits", "width": 16, "steps": 1000, "log_every": 100},
+        (["none", "SN", "clip", "WGAN-GP", "WN", "LN", "orthonormal"], "CAE", [0]),
+        (["none", "SN"], "CAE", [1, 2]),
+    ),
+    "small": study(
+        {"dataset": "mnist", "width": 16, "steps": 1000, "log_every": 100},
+        (["none", "SN", "WN", "WGAN-GP"], "C", [0]),
+    ),
+    "paper": study(
+        {"dataset": "cifar10", "width": 64, "steps": 100_000, "log_every": 1000,
+         "checkpoint_every": 5000},
+        ([name for name in METHODS if "ResNet" not in name], "ABCDEF", [0]),
+        (["ResNet orthonormal hinge", "ResNet SN hinge"], "C", [0]),
+    ),
+}  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """Train every row of a table, measure it, and draw the paper's figures."""
+
+    preset: Literal["tiny", "small", "paper"] = "tiny"
+    """tiny: digits at width 16, settings A, C and E. small: MNIST at 32x32, width 16, setting C.
+    paper: CIFAR-10 at width 64, 100000 updates, every method and setting."""
+    row: str | None = None
+    """Only this row, such as "SN, C, seed 0"."""
+    out: Path | None = None
+    """Output folder; by default runs/table2-PRESET."""
+    data_dir: Path | None = None
+    """Where the files of data sets lie or shall lie; the user's cache if not given."""
+    minutes: float | None = None
+    """Save a checkpoint and exit after so many; the same command continues."""
+    progress: bool = True
+    """Show a progress bar."""
+
+
+def main(args: list[str] | None = None) -> int:
+    """Returns the exit code: 0, 2 for what the user can put right, 130 after Ctrl-C."""
+    args = sys.argv[1:] if args is None else args
+    try:
+        options = parse(Options, "python -m experiments.gan.table2", args)
+        rows = PRESETS[options.preset]
+        if options.row is not None and options.row not in rows:
+            raise UserError(f"There is no row {options.row!r}: choose from {'; '.join(rows)}.")
+        return tabulate(options, rows)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt as interrupt:
+        print(f"Interrupted: {interrupt}; the same command continues", file=sys.stderr)
+        return 130
+
+
+def tabulate(options: Options, rows: dict[str, Config]) -> int:
+    """Run the rows that are not there yet; write the table and the figures of all that are."""
+    out = options.out or Path(f"runs/table2-{options.preset}")
+    here = {"data_dir": options.data_dir, "resume": True, "progress": options.progress}
+    configs = {
+        name: dataclasses.replace(config, out=out / "runs" / folder_name(name), **here)
+        for name, config in rows.items()
+    }
+    start = time.perf_counter()
+    for i, (name, config) in enumerate(configs.items()):
+        if options.row not in (None, name) or finished(config):
+            continue
+        print(f"[{i + 1}/{len(configs)}] {name}", flush=True)
+        if options.minutes is not None:
+            left = options.minutes - (time.perf_counter() - start) / 60
+            config = dataclasses.replace(config, minutes=max(left, 1e-9))
+        try:
+            real_images(config)
+            _ = open_folder(config) or run(config)
+        except Paused as pause:
+            print(f"Paused: {name}, {pause}; the same command continues")
+            break
+        except Diverged as error:
+            write_text(config.out / "diverged.json", json.dumps({"step": error.step}))
+            print(f"{name} diverged before step {error.step}")
+        write(out, options.preset, configs)
+    results = write(out, options.preset, configs)
+    if results["rows"]:
+        draw(out, results)
+        print(f"\n{(out / 'table.md').read_text()}")
+    print(f"results  {out / 'results.json'}")
+    return 0
+
+
+def folder_name(name: str) -> str:
+    """Of a row: "SN, C, seed 0" becomes sn-c-seed-0."""
+    return "-".join("".join(c if c.isalnum() else " " for c in name.lower()).split())
+
+
+def finished(config: Config) -> bool:
+    return any((config.out / name).exists() for name in ("summary.json", "diverged.json"))
+
+
+def command(config: Config) -> str:
+    """What runs a row alone."""
+    default = Config()
+    words = ["python", "-m", "experiments.gan"]
+    for field in dataclasses.fields(Config):
+        value = getattr(config, field.name)
+        if field.name in config.identity() and value != getattr(default, field.name):
+            words.append(f"--{field.name.replace('_', '-')}")
+            words += [] if value is True else [f"{value}"]
+    return shlex.join([*words, "--out", f"runs/{config.out.name}"])
+
+
+# --- Results --------------------------------------------------------------------------------
+
+
+def collect(name: str, config: Config) -> dict[str, Any] | None:
+    """A row of results.json; None if its run is not finished."""
+    method = name.partition(",")[0]
+    row = {
+        "name": name,
+        "method": method,
+        "setting": config.setting,
+        "loss": config.loss,
+        "seed": config.seed,
+        "g_updates": config.steps,
+        "command": command(config),
+    }
+    if (config.out / "diverged.json").exists():
+        return row | {"diverged_at": read_json(config.out / "diverged.json")["step"]}
+    if not (config.out / "summary.json").exists():
+        return None
+    summary = read_json(config.out / "summary.json")
+    quality = summary["quality"]
+    fractions = quality["class_fractions"]
+    return row | {
+        "n_real": quality["n_real"],
+        "n_fake": quality["n_fake"],
+        "frechet": quality["frechet_fake"],
+        "frechet_real": quality["frechet_real"],
+        # A class is there if it has a tenth of an even share.
+        "coverage": sum(fraction >= 0.1 / len(fractions) for fraction in fractions),
+        "n_classes": len(fractions),
+        "rarest_class": min(fractions),
+        "confidence": quality["confidence_fake"],
+        "seconds": summary["seconds"]["training"],
+        "device": summary["device"],
+        "versions": summary["versions"],
+        "commit": summary["commit"],
+    }
+
+
+def write(out: Path, preset: str, configs: dict[str, Config]) -> dict[str, Any]:
+    """results.json and table.md from the runs' folders; returns what the former holds."""
+    collected = {name: collect(name, config) for name, config in configs.items()}
+    rows = [row for row in collected.values() if row]
+    results = {
+        "preset": preset,
+        "date": datetime.date.today().isoformat(),
+        "rows": rows,
+        "not_run": [name for name, row in collected.items() if row is None],
+        "spectra": {},
+        "sigma_bar": {},
+    }
+    for name, config in configs.items():
+        method = name.partition(",")[0]
+        if (config.setting, config.seed) == SHOWN and (config.out / "summary.json").exists():
+            spectra = read_json(config.out / "summary.json")["singular_values"]
+            results["spectra"][method] = {k: np.round(v, 5).tolist() for k, v in spectra.items()}
+            results["sigma_bar"][method] = [
+                {"step": row["step"]} | {k: round(v, 5) for k, v in row["sigma_bar"].items()}
+                for row in read_rows(config.out)
+            ]
+    if (out / "times.json").exists():
+        results["times"] = read_json(out / "times.json")
+    elif rows and not results["not_run"]:
+        results["times"] = times(configs)
+        write_text(out / "times.json", json.dumps(results["times"], indent=1))
+    out.mkdir(parents=True, exist_ok=True)
+    write_text(out / "results.json", json.dumps(results, indent=1, allow_nan=False))
+    write_text(out / "table.md", table(results))
+    return results
+
+
+def times(configs: dict[str, Config], updates: int = 10, rounds: int = 7) -> dict[str, Any]:
+    """Figure 10: seconds per 100 generator updates, and the ratio to none, taking turns."""
+    trainings = {}
+    for name, config in configs.items():
+        if (config.setting, config.seed) == SHOWN:
+            real = real_images(config)
+            training = make_training(config, real.train.images.shape[1:], real.n_classes)
+            trainings[name.partition(",")[0]] = training
+    data = jax.tree.map(jax.numpy.asarray, real.train)
+    states = {method: training.init(jax.random.key(0)) for method, training in trainings.items()}
+
+    def advance(method):
+        for _ in range(updates):
+            states[method], _ = trainings[method].step(states[method], data)
+        return states[method]
+
+    seconds = interleaved({method: partial(advance, method) for method in trainings}, rounds)
+    compared = {method: median_ratio(s, seconds["none"]) for method, s in seconds.items()}
+    return {
+        method: {
+            "seconds_per_100": float(100 / updates * np.median(seconds[method])),
+            "ratio": ratio,
+            "quartiles": quartiles,
+        }
+        for method, (ratio, quartiles) in compared.items()
+    }
+
+
+def verdict(row: dict[str, Any]) -> str:
+    if "diverged_at" in row:
+        return f"diverged before update {row['diverged_at']}"
+    return "" if row["coverage"] >= row["n_classes"] else "not converged"
+
+
+def table(results: dict[str, Any]) -> str:
+    """The table as Markdown: every row, with the paper's number beside it."""
+    lines = [
+        "| method | setting | seed | loss | Fréchet distance | coverage | rarest class "
+        "| confidence | seconds | the paper's FID | |",
+        "| --- | --- | --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | --- |",
+    ]
+    for row in results["rows"]:
+        cells = [row["method"], row["setting"], row["seed"], row["loss"]]
+        cells += ["", "", "", "", ""] if "diverged_at" in row else [
+            f"{row['frechet']:.1f}", f"{row['coverage']}/{row['n_classes']}",
+            f"{row['rarest_class']:.1%}", f"{row['confidence']:.3f}", f"{row['seconds']:.0f}",
+        ]  # fmt: skip
+        cells += [PAPER.get(row["method"], ""), verdict(row)]
+        lines.append(f"| {' | '.join(map(str, cells))} |")
+    measured = [row for row in results["rows"] if "frechet" in row]
+    notes = [f"Not run: {'; '.join(results['not_run'])}."] if results["not_run"] else []
+    if measured:
+        row = measured[0]
+        versions = ", ".join(f"{k} {row['versions'][k]}" for k in ("jax", "flax", "optax"))
+        notes = [
+            f"Fréchet distance of {row['n_fake']} generated to {row['n_real']} held-out images in "
+            f"the features of a classifier of this data set (as many training images: "
+            f"{row['frechet_real']:.1f}); {row['g_updates']} generator updates. Coverage: classes "
+            "with at least a tenth of an even share of the samples. The paper's FID is CIFAR-10's, "
+            "from Inception's features after 100,000 updates, and its best setting's.",
+            *notes,
+            f"{row['device']['kind']}, {row['device']['cpu_cores']} core(s), XLA_FLAGS="
+            f"'{row['device']['xla_flags']}'; {versions}; {results['date']}; "
+            f"`python -m experiments.gan.table2 --preset {results['preset']}`.",
+        ]
+    return "\n".join([*lines, "", *("\n\n".join(notes).splitlines()), ""])
+
+
+def draw(out: Path, results: dict[str, Any]) -> None:
+    """The paper's figures, of the rows that are there."""
+    title = f"{results['preset']}: {results['rows'][0]['g_updates']} generator updates"
+    shown = f"{title}, setting {SHOWN[0]}, seed {SHOWN[1]}"
+    plots.save_robustness(out / "figure1.png", results["rows"], title)
+    if results["spectra"]:
+        plots.save_spectra(out / "figure3.png", results["spectra"], shown)
+        plots.save_norms(out / "figure9.png", results["sigma_bar"], shown)
+    if "times" in results:
+        plots.save_times(out / "figure10.png", results["times"], title)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,157 @@
+"""``python -m experiments.metrics --real cifar10 --fake samples/``: how good images are."""
+
+import dataclasses
+import io
+import json
+import os
+import shlex
+import sys
+import time
+import zipfile
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import jax
+import numpy as np
+
+from experiments.cli import UserError, aligned, commit, parse, versions, write_text
+from experiments.data import Dataset, Split, load, read_folder
+from experiments.metrics.extract import PROTOCOLS, evaluate
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """FID, KID, precision and recall of images against real ones, by the Inception network of
+    FID. An eighth of a second an image on a CPU core; what is done is kept."""
+
+    real: str
+    """Real images: digits, mnist, fashion-mnist, cifar10, a folder of images, or an .npz or .npy
+    file with a uint8 array (n, h, w, 1 or 3)."""
+    fake: str
+    """Images to judge, likewise."""
+    split: Split = "train"
+    """Which part of the data set that --real names."""
+    fake_split: Split = "test"
+    """Which part of the data set that --fake names."""
+    protocol: Literal["paper", "common"] | None = None
+    """Numbers of images, real and generated: paper 10000 and 5000, common 50000 and 50000."""
+    n_real: int | None = None
+    """Real images, drawn at random; all of them if not given."""
+    n_fake: int | None = None
+    """Generated images, likewise."""
+    data_dir: Path | None = None
+    """Where data sets, weights and features are kept; the user's cache if not given."""
+    out: Path | None = None
+    """A JSON file for the numbers and how they came about."""
+    progress: bool = True
+    """Show progress bars."""
+
+    def __post_init__(self) -> None:
+        if self.protocol and (self.n_real or self.n_fake):
+            raise ValueError("--protocol says the numbers of images: leave out --n-real, --n-fake.")
+        for name in ("n_real", "n_fake"):
+            if (getattr(self, name) or 4) < 4:
+                raise ValueError(f"{name} must be at least 4, got {getattr(self, name)}.")
+
+
+def main(args: list[str] | None = None) -> int:
+    """Returns the exit code: 0, 2 for what the user can put right, 130 after Ctrl-C."""
+    args = sys.argv[1:] if args is None else args
+    command = shlex.join(["python", "-m", "experiments.metrics", *args])
+    try:
+        config = parse(Config, "python -m experiments.metrics", args)
+        result = run(config) | {"command": command}
+        if config.out:
+            try:
+                config.out.parent.mkdir(parents=True, exist_ok=True)
+                write_text(config.out, json.dumps(result, indent=2, allow_nan=False))
+            except OSError as error:
+                raise UserError(f"{config.out} cannot be written ({error.strerror}).") from error
+        print(report(result))
+        return 0
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"Interrupted: what was done is kept; continue with: {command}", file=sys.stderr)
+        return 130
+
+
+def run(config: Config) -> dict[str, Any]:
+    """The numbers, and how they came about."""
+    real = read_images(config.real, config.split, config.data_dir)
+    fake = read_images(config.fake, config.fake_split, config.data_dir)
+    n_real, n_fake = PROTOCOLS.get(config.protocol, (config.n_real, config.n_fake))
+    for option, images, n in [("--real", real, n_real), ("--fake", fake, n_fake)]:
+        if n and n > len(images):
+            raise UserError(f"{n} images are wanted of {option}, which has {len(images)}.")
+    start = time.perf_counter()
+    numbers = evaluate(
+        real,
+        fake,
+        n_real=n_real,
+        n_fake=n_fake,
+        keep_fake=True,
+        data_dir=config.data_dir,
+        progress=config.progress,
+    )
+    return numbers | {
+        "real": _source(config.real, config.split, real),
+        "fake": _source(config.fake, config.fake_split, fake),
+        "seconds": time.perf_counter() - start,
+        "date": time.strftime("%Y-%m-%d", time.gmtime()),
+        "device": {"kind": jax.devices()[0].device_kind, "cpu_cores": os.cpu_count()},
+        "versions": versions(),
+        "commit": commit(),
+    }
+
+
+def read_images(name: str, split: str, data_dir: Path | None) -> np.ndarray:
+    """uint8 images of a data set's split, of a whole folder, or of the one array in a file.
+
+    Raises:
+      UserError: there are none.
+    """
+    path = Path(name)
+    if name in get_args(Dataset) or not path.exists():
+        return load(name, split, data_dir)[0]
+    if path.is_dir():
+        return read_folder(path)[0]
+    try:
+        arrays = np.load(io.BytesIO(path.read_bytes()))
+        if isinstance(arrays, np.ndarray):
+            return arrays
+        with arrays:
+            (only,) = arrays.files
+            return arrays[only]
+    except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
+        raise UserError(
+            f"{path} is damaged, or not an .npy file or an .npz file of one array ({error})."
+        ) from error
+
+
+def _source(name: str, split: str, images: np.ndarray) -> str:
+    part = f" {split}" if name in get_args(Dataset) else ""
+    return f"{name}{part}, {len(images)} images of {'x'.join(map(str, images.shape[1:]))}"
+
+
+def report(result: dict[str, Any]) -> str:
+    """The table."""
+    subsets = f"x 1000, subsets of {result['kid_subset_size']}"
+    kid, std = (1000 * result[name] for name in ("kid", "kid_std"))
+    rows = [
+        ["FID", f"{result['fid']:.2f}", ""],
+        ["KID", f"{kid:.2f}", f"± {std:.2f}, {subsets}"],
+        ["precision", f"{result['precision']:.3f}", "3 neighbours"],
+        ["recall", f"{result['recall']:.3f}", "3 neighbours"],
+        ["n_real", result["n_real"], f"of {result['real']}"],
+        ["n_fake", result["n_fake"], f"of {result['fake']}"],
+    ]
+    numbers = aligned([row[:2] for row in rows]).splitlines()
+    lines = [f"{line}   {row[2]}".rstrip() for line, row in zip(numbers, rows, strict=True)]
+    kind, cores = result["device"]["kind"], result["device"]["cpu_cores"]
+    return "\n".join([*lines, f"{result['seconds']:.0f} s on {kind}, {cores} CPU cores"])
+
+
+if __name__ == "__main__":
+    sys.exit(main())
