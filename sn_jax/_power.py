@@ -247,8 +247,11 @@ class _Vectors:
         if not self.single:
             v, y = self._rotated(v, y, v_old)
         u, length = _unit_and_length(lax.stop_gradient(y), u, self.lead)
+        # NaN also where z was too long and v is still the old one.
+        _, z_length = _unit_and_length(z, v_old, self.lead)
+        length = self.leading(length) + 0 * self.leading(z_length)
         along = _inner(self.leading(u), self.leading(y), self.batch_ndim)
-        return PowerResult(with_value(along, self.leading(length)), u, v)
+        return PowerResult(with_value(along, length), u, v)
 
     def _rotated(self, v, y, v_old):
         """v and y = A v, combined into singular directions (Rayleigh-Ritz), largest first."""
@@ -333,11 +336,11 @@ def _unit_and_length(x: Array, fallback: Array | float, lead: int) -> tuple[Arra
     peak = jnp.max(jnp.abs(x), axes, initial=0 if 0 in x.shape else None)
     scale = 1 / peak
     x_scaled = x * _expand(scale, x)
-    # NaN, so not > 0, where x is zero or not finite: then one factor is 0 and another infinite.
+    # NaN, so not > 0, where x is zero, not finite, or so large that its inverse is denormal.
     inverse = scale * lax.rsqrt(jnp.sum(x_scaled * x_scaled, axes))
     usable = inverse > 0
     x = jnp.where(_expand(usable, x), x * _expand(inverse, x), fallback)
-    return x, jnp.where(usable, 1 / inverse, 0 * peak)
+    return x, jnp.where(usable, 1 / inverse, jnp.where(peak < 1, 0.0, jnp.nan))
 
 
 def noise(seed: Array | int, shape: tuple[int, ...], dtype) -> Array:

@@ -14,6 +14,7 @@ from experiments.bench import (
     comm,
     compile,
     conv,
+    gan,
     memory,
     norms,
     scaling,
@@ -26,7 +27,7 @@ from experiments.bench.timing import Row
 from experiments.cli import UserError, aligned, commit, parse, versions, write_text
 
 Suite = Literal[
-    "transform", "step", "compile", "tracking", "memory", "conv", "scaling", "norms", "comm"
+    "transform", "step", "compile", "tracking", "memory", "conv", "scaling", "norms", "comm", "gan"
 ]
 SUITES = {
     "transform": transform.rows,
@@ -38,6 +39,7 @@ SUITES = {
     "scaling": scaling.rows,
     "norms": norms.rows,
     "comm": comm.rows,
+    "gan": gan.rows,
 }
 # Suites that have curves of their own, beside the picture of the ratios.
 CURVES = {"scaling": save_scaling, "comm": save_comm}

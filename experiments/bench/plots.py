@@ -38,7 +38,7 @@ def save_ratios(path: Path, rows: list[Row], device: str) -> None:
     ticks = np.arange(
         np.floor(min(-1, np.log2(spread).min())), np.ceil(max(1, np.log2(spread).max())) + 1
     )
-    axes.set_xticks(ticks, [f"{2.0**tick:g}" for tick in ticks])
+    axes.set_xticks(ticks, [f"1/{2**-tick:g}" if tick < 0 else f"{2**tick:g}" for tick in ticks])
     names = [f"{row.suite}: {row.case}\n{row.metric} vs {row.peer_name}" for row in rows]
     axes.set_yticks(places, names, fontsize=7)
     axes.set(title=f"Time or size of sn_jax / that of the peer ({device})",
