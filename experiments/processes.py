@@ -4,13 +4,16 @@ It starts them on this machine, and stops all when one ends badly; on a cluster 
 that, and sets the same three variables for each. JAX's collectives join them.
 """
 
+import contextlib
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Sequence
 from typing import Any
 
@@ -35,6 +38,7 @@ def start() -> None:
     try:
         count, index = (int(os.environ[name]) for name in (COUNT, INDEX))
         jax.distributed.initialize(os.environ[ADDRESS], count, index)
+        sys.excepthook = _leave_with
     except (KeyError, ValueError) as error:
         raise UserError(
             f"{ADDRESS} is set, but {COUNT} and {INDEX} are not both numbers ({error}): give all "
@@ -45,6 +49,21 @@ def start() -> None:
             f"Process {index} of {count} cannot join the others at {os.environ[ADDRESS]} "
             f"({str(error).splitlines()[0]}): start all of them, with one address."
         ) from error
+
+
+def _leave_with(kind, error, trace) -> None:
+    traceback.print_exception(kind, error, trace)
+    leave(1)
+
+
+def leave(code: int) -> int:
+    """The exit code; one of several processes ends here: at its end it would wait for others that
+    may wait for it."""
+    if jax.process_count() > 1:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    return code
 
 
 def is_first() -> bool:
@@ -129,20 +148,24 @@ def main(args: list[str] | None = None) -> int:
     commands = [[sys.executable, "-m", *args[1:]]] * count
     with tempfile.TemporaryFile("w+") as errors:
         processes = spawn(commands, [None, *[errors] * (count - 1)])
+        # Ctrl-C reaches them too: they save and end, and this one waits for that.
+        before = signal.signal(signal.SIGINT, signal.SIG_IGN)
         try:
-            while all(process.poll() is None for process in processes):
+            # The first process has most to do, and the last word.
+            while processes[0].poll() is None and not any(p.poll() for p in processes):
                 time.sleep(0.05)
-            # A moment for the others to end by themselves, as they do when all is well.
             deadline = time.monotonic() + 10
-            while any(p.poll() is None for p in processes) and not any(
-                p.poll() for p in processes if p.poll() is not None
-            ):
-                if time.monotonic() > deadline and processes[0].poll() is not None:
+            while time.monotonic() < deadline and not any(p.poll() for p in processes):
+                if all(p.poll() is not None for p in processes):
                     break
                 time.sleep(0.05)
+            if any(p.poll() == 2 for p in processes):  # all find the same; the first one says it
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    processes[0].wait(5)
         finally:
             ended = [(i, p.poll()) for i, p in enumerate(processes)]
             stop(processes)
+            signal.signal(signal.SIGINT, before)
         bad = [(i, code) for i, code in ended if code]
         for i, code in bad[:1]:
             if i and code != 2:

@@ -31,8 +31,9 @@ def main(args: list[str] | None = None) -> int:
             print(report(config, summary))
         return 0
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        if processes.is_first():
+            print(f"error: {error}", file=sys.stderr)
+        return processes.leave(2)
     except Paused as pause:
         print(f"Paused: {pause}; continue with: {again}")
         return 0
