@@ -46,7 +46,7 @@ def finish(started):
     """Exit codes, and what each said."""
     running, paths = started
     try:
-        codes = [process.wait(timeout=300) for process in running]
+        codes = [process.wait(timeout=3000) for process in running]
     finally:
         processes.stop(running)
     return codes, [path.read_text() for path in paths]
@@ -97,7 +97,7 @@ def test_two_processes_are_one(runs):
 def test_a_killed_process_and_a_restart_change_nothing(runs, monkeypatch):
     out, last = runs / "killed", random.Random(os.urandom(4)).choice([2, 4, 6, 8])
     running, _ = start(monkeypatch, out, 2)
-    deadline = time.monotonic() + 300
+    deadline = time.monotonic() + 3000
     while not (out / "checkpoints" / str(last)).exists() and time.monotonic() < deadline:
         assert all(process.poll() is None for process in running)
         time.sleep(0.01)
