@@ -1,4 +1,4 @@
-"""One process of a small GAN in float64: ``gan_processes.py out mesh seed``; see
+"""One process of a small GAN in float64: ``gan_processes.py out mesh seed steps``; see
 test_processes.py. Trains without measuring."""
 
 import sys
@@ -10,14 +10,14 @@ from experiments.gan.loop import train
 from experiments.gan.run import real_images
 from experiments.gan.train import Config
 
-out, mesh, seed = sys.argv[1:]
+out, mesh, seed, steps = sys.argv[1:]
 config = Config(
     out=Path(out),
     mesh=mesh if mesh != "-" else None,
     seed=int(seed),
     width=4,
     batch_size=8,
-    steps=10,
+    steps=int(steps),
     checkpoint_every=2,
     log_every=5,
     dtype="float64",

@@ -21,10 +21,11 @@ from experiments.gan.place import Place
 from experiments.gan.train import Config
 
 WORKER = Path(__file__).parent / "gan_processes.py"
+FIRST, LAST = 2, 12  # ten steps between them, saved at every second
 pytestmark = pytest.mark.xdist_group("processes")
 
 
-def start(monkeypatch, out, count, mesh="-", seeds=None):
+def start(monkeypatch, out, count, mesh="-", seeds=None, steps=LAST):
     """Processes, and the files of what they say."""
     seeds = seeds or [0] * count
     root = WORKER.parent.parent
@@ -35,7 +36,9 @@ def start(monkeypatch, out, count, mesh="-", seeds=None):
         # What one run has compiled, the next ones find.
         patch.setenv("JAX_COMPILATION_CACHE_DIR", str(out.parent / "cache"))
         patch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
-        commands = [[sys.executable, str(WORKER), str(out), mesh, str(seed)] for seed in seeds]
+        commands = [
+            [sys.executable, str(WORKER), str(out), mesh, str(seed), str(steps)] for seed in seeds
+        ]
         paths = [out.parent / f"{out.name}.{i}" for i in range(count)]
         with ExitStack() as files:
             said = [files.enter_context(path.open("w")) for path in paths]
@@ -57,7 +60,7 @@ def succeed(started):
     assert not any(codes), "\n".join(texts)
 
 
-def saved(out, step=10):
+def saved(out, step=LAST):
     folder = (out / "checkpoints" / str(step) / "state").absolute()
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
         metadata = checkpointer.metadata(folder).item_metadata.tree
@@ -75,12 +78,18 @@ def differences(a, b):
     }
 
 
+def continued(runs, out, step=FIRST, of="start"):
+    shutil.copytree(runs / of / "checkpoints" / str(step), out / "checkpoints" / str(step))
+
+
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """By one process, and by two that nothing befalls."""
+    """Begun by two processes, and gone on with by one, and by two that nothing befalls."""
     folder = tmp_path_factory.mktemp("runs")
     monkeypatch = pytest.MonkeyPatch()
+    succeed(start(monkeypatch, folder / "start", 2, steps=FIRST))
     for count, name in [(1, "one"), (2, "two")]:
+        continued(folder, folder / name)
         succeed(start(monkeypatch, folder / name, count))
     return folder
 
@@ -89,13 +98,14 @@ def test_two_processes_are_one(runs):
     worst = differences(saved(runs / "one"), saved(runs / "two"))
     assert max(worst.values()) < 1e-8, worst
     # float64 indeed, and trained: the checkpoint before differs.
-    assert max(differences(saved(runs / "two"), saved(runs / "two", 8)).values()) > 1e-4
+    assert max(differences(saved(runs / "two"), saved(runs / "two", LAST - 2)).values()) > 1e-4
     rows = [json.loads(line) for line in (runs / "two" / "metrics.jsonl").read_text().splitlines()]
-    assert [row["step"] for row in rows] == [5, 10]  # written once
+    assert [row["step"] for row in rows] == [5, 10, 12]  # written once
 
 
 def test_a_killed_process_and_a_restart_change_nothing(runs, monkeypatch):
-    out, last = runs / "killed", random.Random(os.urandom(4)).choice([2, 4, 6, 8])
+    out, last = runs / "killed", random.Random(os.urandom(4)).choice([4, 6, 8])
+    continued(runs, out)
     running, _ = start(monkeypatch, out, 2)
     deadline = time.monotonic() + 3000
     while not (out / "checkpoints" / str(last)).exists() and time.monotonic() < deadline:
@@ -104,7 +114,7 @@ def test_a_killed_process_and_a_restart_change_nothing(runs, monkeypatch):
     running[1].kill()
     # The other one waits for it, or dies of it; the launcher would stop it.
     processes.stop(running)
-    assert not (out / "checkpoints" / "10").exists(), f"killed too late, after {last}"
+    assert not (out / "checkpoints" / str(LAST)).exists(), f"killed too late, after {last}"
     succeed(start(monkeypatch, out, 2))
     worst = differences(saved(out), saved(runs / "two"))
     assert max(worst.values()) == 0, worst
@@ -113,7 +123,7 @@ def test_a_killed_process_and_a_restart_change_nothing(runs, monkeypatch):
 @pytest.mark.slow
 def test_four_processes_on_another_mesh_go_on_from_two(runs, monkeypatch):
     out = runs / "four"
-    shutil.copytree(runs / "two" / "checkpoints" / "8", out / "checkpoints" / "8")
+    continued(runs, out, LAST - 2, "two")
     succeed(start(monkeypatch, out, 4, mesh="data=2,model=2"))
     worst = differences(saved(out), saved(runs / "one"))
     assert max(worst.values()) < 1e-8, worst
@@ -121,8 +131,9 @@ def test_four_processes_on_another_mesh_go_on_from_two(runs, monkeypatch):
 
 def test_a_checkpoint_without_one_of_its_files(runs, monkeypatch):
     out = runs / "missing"
-    shutil.copytree(runs / "two" / "checkpoints" / "10", out / "checkpoints" / "10")
-    shard = max((out / "checkpoints" / "10" / "state").rglob("d/*"), key=lambda f: f.stat().st_size)
+    continued(runs, out)
+    files = (out / "checkpoints" / str(FIRST) / "state").rglob("d/*")
+    shard = max(files, key=lambda file: file.stat().st_size)
     shard.unlink()
     codes, (text,) = finish(start(monkeypatch, out, 1))
     assert codes == [1]

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -55,6 +56,8 @@ class Place:
         if self.mesh is None:
             return state
         if not isinstance(state.step.sharding, NamedSharding):
+            if jax.process_count() > 1:  # rounded differently, the others' would stay different
+                state = multihost_utils.broadcast_one_to_all(jax.device_get(state))
             return _placed(state, self.shardings(state))
         return jax.device_put(state, self.shardings(state))
 
