@@ -72,6 +72,7 @@ class Site:
     content: bytes = PACKED
     cuts: list[int] = field(default_factory=list)  # bytes after which an answer breaks off
     whole: bool = False  # whatever part is asked for
+    encoding: str | None = None
     stall: bool = False  # do not break off: say no more
     ranges: list[str | None] = field(default_factory=list)  # what was asked for
     end: threading.Event = field(default_factory=threading.Event)
@@ -99,6 +100,8 @@ def site(monkeypatch):
             content = site.content[start:]
             self.send_response(206 if start else 200)
             self.send_header("Content-Length", str(len(content)))
+            if site.encoding:
+                self.send_header("Content-Encoding", site.encoding)
             self.end_headers()
             self.wfile.write(content[: site.cuts.pop(0)] if site.cuts else content)
             if site.stall:
@@ -204,6 +207,13 @@ def test_a_site_that_sends_the_whole_file_again(site, tmp_path):
     (tmp_path / "cifar-10-binary.tar.gz.partial").write_bytes(PACKED[:HALF])
     check(tmp_path, small(site.url))
     assert site.ranges == [f"bytes={HALF}-"]
+
+
+def test_a_site_that_calls_the_archive_itself_an_encoding(site, tmp_path):
+    site.encoding = "x-gzip"
+    site.cuts = [HALF]
+    check(tmp_path, small(site.url))
+    assert site.ranges == [None, f"bytes={KEPT}-"]
 
 
 def test_wrong_bytes_from_the_site_are_not_used(site, tmp_path):

@@ -420,7 +420,7 @@ def test_output_folder(runs):
     assert quality["n_real"] == quality["n_fake"] == 450
     assert 0 < quality["frechet_real"] < quality["frechet_fake"]
     assert summary["versions"]["jax"] == jax.__version__
-    for name in ("samples.png", "curves.png"):
+    for name in ("samples.png", "curves.png", "spectra.png"):
         picture = imread(out / name)
         assert min(picture.shape[:2]) >= 600
         assert picture[..., :3].std() > 0.05

@@ -76,7 +76,9 @@ def unit_norms(before, after, config):
     used = METHODS[config.normalization].apply(after.d_params, after.d_method)
     used = flatten_dict(used, sep="/")
     for path, singular in after.d_method.items():
-        assert float(sn_jax.spectral_norm(used[path], singular.view)) == pytest.approx(1, abs=0.05)
+        # The estimate is from below, and one iteration a step lags where singular values cross.
+        norm = float(sn_jax.spectral_norm(used[path], singular.view))
+        assert 0.999 < norm < 1.2, path
     kinds = {type(singular.view) for singular in after.d_method.values()}
     assert (sn_jax.Conv in kinds) == (config.normalization == "sn-operator")
 

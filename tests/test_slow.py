@@ -51,7 +51,7 @@ def test_train_and_measure(data_dir, tmp_path, capsys):
     assert all(200 < row["fid"] < 600 for row in rows)
     assert f"{rows[2]['fid']:.2f}" in table
     assert "256 generated, 256 training images" in table
-    for name in ("samples.png", "curves.png", "fid.png"):
+    for name in ("samples.png", "curves.png", "fid.png", "spectra.png"):
         assert (out / name).stat().st_size > 5000
     steps = [json.loads(line)["step"] for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert steps == [10, 20]

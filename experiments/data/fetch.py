@@ -187,12 +187,14 @@ def _resume(url: str, output_file: str, site) -> None:
     name = url.rpartition("/")[2]
     partial = _partial(Path(site.path) / name)
     start = partial.stat().st_size if partial.exists() else 0
-    headers = {"Range": f"bytes={start}-"} if start else {}
+    headers = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={start}-"} if start else {})
     with requests.get(url, headers=headers, stream=True, timeout=30) as response:
         if response.status_code != requests.codes.requested_range_not_satisfiable:
             response.raise_for_status()
             if response.status_code != requests.codes.partial_content:
                 start = 0
+            # Some servers say it of every .gz, and requests would unpack it.
+            response.raw.headers.pop("Content-Encoding", None)
             size = int(response.headers.get("Content-Length", 0))
             bar = tqdm(desc=name, total=start + size or None, initial=start, unit="B",
                        unit_scale=True, disable=None)  # fmt: skip

@@ -159,7 +159,11 @@ def run(config: Config) -> dict[str, Any]:
     if len({row["step"] for row in fids}) > 1:
         plots.save_fid(config.out / "fid.png", fids, title)
 
-    kernels = jax.device_get(training.spectra(state)[1])
+    singular_values = {  # of the kernels in use
+        path: np.linalg.svd(w.reshape(-1, w.shape[-1]), compute_uv=False).tolist()
+        for path, w in jax.device_get(training.spectra(state)[1]).items()
+    }
+    plots.save_spectra(config.out / "spectra.png", {config.normalization: singular_values}, title)
     speeds = [row["steps_per_second"] for row in rows]
     memory = device.memory_stats() or {}
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -170,10 +174,7 @@ def run(config: Config) -> dict[str, Any]:
         "seed": config.seed,
         "quality": quality,
         "fid": [row for row in fids if row["step"] == config.steps],
-        "singular_values": {  # of the kernels in use
-            path: np.linalg.svd(w.reshape(-1, w.shape[-1]), compute_uv=False).tolist()
-            for path, w in kernels.items()
-        },
+        "singular_values": singular_values,
         "seconds": {
             "training": rows[-1]["seconds"],  # of all the processes that a run was resumed in
             "evaluation": time.perf_counter() - trained,

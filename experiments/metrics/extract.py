@@ -136,7 +136,7 @@ class _Network:
     def __init__(self, data_dir: Path) -> None:
         self._params = jax.device_put(inception_params(data_dir))
         self._embed = jax.jit(embed)
-        self._batch = 32 if jax.default_backend() == "cpu" else _CHUNK
+        self._batch = 16 if jax.default_backend() == "cpu" else _CHUNK
 
     def __call__(self, images: np.ndarray, bar: tqdm) -> np.ndarray:
         done = []
