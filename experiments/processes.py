@@ -37,6 +37,8 @@ def start() -> None:
         return
     try:
         count, index = (int(os.environ[name]) for name in (COUNT, INDEX))
+        # Two programs under way at once could meet their collectives in different orders.
+        jax.config.update("jax_cpu_enable_async_dispatch", False)
         jax.distributed.initialize(os.environ[ADDRESS], count, index)
         sys.excepthook = _leave_with
     except (KeyError, ValueError) as error:
