@@ -54,6 +54,8 @@ def save_fid(path: Path, rows: list[dict[str, Any]], title: str) -> None:
         axes.plot(*zip(*sorted(points), strict=True), "o-", lw=1.2, ms=4,
                   label=f"{n_real} real, {n_fake} generated")  # fmt: skip
     axes.set(xlabel="generator updates", ylabel="FID", yscale="log")
+    for set_formatter in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+        set_formatter("{x:g}")
     axes.grid(alpha=0.3, which="both")
     axes.legend()
     figure.savefig(path, dpi=150)
