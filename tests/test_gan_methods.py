@@ -76,7 +76,9 @@ def unit_norms(before, after, config):
     used = METHODS[config.normalization].apply(after.d_params, after.d_method)
     used = flatten_dict(used, sep="/")
     for path, singular in after.d_method.items():
-        assert float(sn_jax.spectral_norm(used[path], singular.view)) == pytest.approx(1, abs=0.05)
+        # The estimate is from below, and one iteration a step lags where singular values cross.
+        norm = float(sn_jax.spectral_norm(used[path], singular.view))
+        assert 0.999 < norm < 1.2, path
     kinds = {type(singular.view) for singular in after.d_method.values()}
     assert (sn_jax.Conv in kinds) == (config.normalization == "sn-operator")
 
@@ -182,14 +184,14 @@ def test_standardized_outputs(name):
     np.testing.assert_allclose(jnp.var(y, axes), 1, rtol=1e-3)
     # In the network: the scale of a kernel that it follows does not matter.
     critic = Discriminator(2, axes=axes)
-    variables = critic.init(jax.random.key(0), x)
+    apply, variables = jax.jit(critic.apply), jax.jit(critic.init)(jax.random.key(0), x)
     scaled = jax.tree_util.tree_map_with_path(
         lambda path, w: 7 * w if path[-2].key == "Conv_2" else w, variables
     )
     # A little: its epsilon is there.
-    np.testing.assert_allclose(critic.apply(scaled, x), critic.apply(variables, x), atol=1e-2)
-    alone = jnp.concatenate([critic.apply(variables, x[i : i + 1]) for i in range(6)])
-    differ = jnp.abs(alone - critic.apply(variables, x)).max()
+    np.testing.assert_allclose(apply(scaled, x), apply(variables, x), atol=1e-2)
+    alone = jnp.concatenate([apply(variables, x[i : i + 1]) for i in range(6)])
+    differ = jnp.abs(alone - apply(variables, x)).max()
     assert (differ > 1e-2) == (name == "bn")
 
 
@@ -288,11 +290,11 @@ def test_a_conditional_discriminator_is_a_projection():
     critic = ResNetDiscriminator(2, n_classes=3)
     x = jax.random.normal(jax.random.key(0), (6, 8, 8, 1))
     labels = jnp.array([0, 1, 2, 0, 1, 2])
-    variables = critic.init(jax.random.key(1), x, labels)
+    apply, variables = jax.jit(critic.apply), jax.jit(critic.init)(jax.random.key(1), x, labels)
     without = jax.tree.map(jnp.copy, variables)
     without["params"]["Embed_0"]["embedding"] *= 0
     params = variables["params"]
-    scores, plain = (critic.apply(v, x, labels) for v in (variables, without))
+    scores, plain = (apply(v, x, labels) for v in (variables, without))
     # With the label's vector in the place of the dense layer's, the rest is left.
     dense = jax.tree.map(jnp.zeros_like, params["Dense_0"])
     for label in range(3):
@@ -300,7 +302,7 @@ def test_a_conditional_discriminator_is_a_projection():
         swapped = {"params": without["params"] | {"Dense_0": dense | {"kernel": kernel}}}
         rows = labels == label
         np.testing.assert_allclose(
-            (scores - plain)[rows], critic.apply(swapped, x, labels)[rows], rtol=1e-4, atol=1e-5
+            (scores - plain)[rows], apply(swapped, x, labels)[rows], rtol=1e-4, atol=1e-5
         )
     views = sn_jax.linen.views(critic, variables, x, labels)
     assert isinstance(views["Embed_0/embedding"], sn_jax.Matrix)
@@ -309,8 +311,9 @@ def test_a_conditional_discriminator_is_a_projection():
 def test_conditional_batch_norm_starts_as_a_plain_one():
     generator = ResNetGenerator(8, 1, 1, n_classes=3)
     z = jax.random.normal(jax.random.key(0), (4, 128))
-    variables = generator.init(jax.random.key(0), z, jnp.arange(4) % 3, train=True)
-    sample = partial(generator.apply, mutable=["batch_stats"], train=True)
+    init = jax.jit(partial(generator.init, train=True))
+    variables = init(jax.random.key(0), z, jnp.arange(4) % 3)
+    sample = jax.jit(partial(generator.apply, mutable=["batch_stats"], train=True))
     one, two = (
         sample(variables, z, labels)[0] for labels in (jnp.zeros(4, int), jnp.arange(4) % 3)
     )

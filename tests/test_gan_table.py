@@ -238,6 +238,14 @@ def test_a_table_is_resumed_and_says_what_is_missing(monkeypatch, capsys, tmp_pa
     for name in ("figure1", "figure3", "figure9", "figure10"):
         assert imread(tmp_path / f"{name}.png")[..., :3].std() > 0.02
 
+    # What a folder holds of another run does not count: it is prolonged.
+    rows["none, A, seed 0"] = dataclasses.replace(rows["none, A, seed 0"], steps=4)
+    assert table2.main(args) == 0
+    assert trained[4:] == [("none", "A")]
+    (row,) = (r for r in json.loads((tmp_path / "results.json").read_text())["rows"]
+              if r["name"] == "none, A, seed 0")  # fmt: skip
+    assert row["g_updates"] == 4
+
 
 def test_times_are_taken_in_turns(tmp_path):
     base = Config(**OPTIONS, normalization="none", steps=3)

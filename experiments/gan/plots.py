@@ -222,6 +222,7 @@ def save_times(path: Path, times: dict[str, dict[str, Any]], title: str) -> None
         axes.annotate(f"{time['seconds_per_100']:.1f} s", (i, high), ha="center", va="bottom",
                       xytext=(0, 2), textcoords="offset points")  # fmt: skip
     axes.axhline(1, color="0.5", ls="--", lw=1)
+    axes.margins(y=0.1)  # for the text on the highest
     axes.set_xticks(range(len(times)), list(times), rotation=30, ha="right")
     axes.set(title=f"{title}\nseconds per 100 updates", ylabel="time over none's")
     figure.savefig(path, dpi=150)

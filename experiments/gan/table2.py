@@ -85,7 +85,7 @@ PRESETS = {
         (["none", "SN"], "CAE", [1, 2]),
     ),
     "small": study(
-        {"dataset": "mnist", "width": 16, "steps": 1000, "log_every": 100},
+        {"dataset": "mnist", "width": 16, "steps": 2000, "log_every": 100},
         (["none", "SN", "WN", "WGAN-GP"], "C", [0]),
     ),
     "paper": study(
@@ -143,7 +143,7 @@ def tabulate(options: Options, rows: dict[str, Config]) -> int:
     }
     start = time.perf_counter()
     for i, (name, config) in enumerate(configs.items()):
-        if options.row not in (None, name) or finished(config):
+        if options.row not in (None, name) or summary_of(config) or diverged_at(config):
             continue
         print(f"[{i + 1}/{len(configs)}] {name}", flush=True)
         if options.minutes is not None:
@@ -172,8 +172,18 @@ def folder_name(name: str) -> str:
     return "-".join("".join(c if c.isalnum() else " " for c in name.lower()).split())
 
 
-def finished(config: Config) -> bool:
-    return any((config.out / name).exists() for name in ("summary.json", "diverged.json"))
+def summary_of(config: Config) -> dict[str, Any] | None:
+    """Of the row's run, if it is finished; that of another run does not count."""
+    if not (config.out / "summary.json").exists():
+        return None
+    summary = read_json(config.out / "summary.json")
+    return summary if summary["config"] == config.identity() else None
+
+
+def diverged_at(config: Config) -> int | None:
+    """The step before which the row's run diverged, if it did."""
+    path = config.out / "diverged.json"
+    return read_json(path)["step"] if path.exists() else None
 
 
 def command(config: Config) -> str:
@@ -204,11 +214,11 @@ def collect(name: str, config: Config) -> dict[str, Any] | None:
         "g_updates": config.steps,
         "command": command(config),
     }
-    if (config.out / "diverged.json").exists():
-        return row | {"diverged_at": read_json(config.out / "diverged.json")["step"]}
-    if not (config.out / "summary.json").exists():
+    if diverged_at(config):
+        return row | {"diverged_at": diverged_at(config)}
+    summary = summary_of(config)
+    if summary is None:
         return None
-    summary = read_json(config.out / "summary.json")
     quality = summary["quality"]
     fractions = quality["class_fractions"]
     fid = (
@@ -252,8 +262,8 @@ def write(out: Path, preset: str, configs: dict[str, Config]) -> dict[str, Any]:
     }
     for name, config in configs.items():
         method = name.partition(",")[0]
-        if (config.setting, config.seed) == SHOWN and (config.out / "summary.json").exists():
-            spectra = read_json(config.out / "summary.json")["singular_values"]
+        if (config.setting, config.seed) == SHOWN and (summary := summary_of(config)):
+            spectra = summary["singular_values"]
             results["spectra"][method] = {k: np.round(v, 5).tolist() for k, v in spectra.items()}
             results["sigma_bar"][method] = [
                 {"step": row["step"]} | {k: round(v, 5) for k, v in row["sigma_bar"].items()}

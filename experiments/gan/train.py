@@ -490,7 +490,7 @@ def compiled(program: Program) -> _Functions:
 
         (value, g_stats), grads = jax.value_and_grad(objective, has_aux=True)(state.g_params)
         g_params, g_opt = updated(hyper, state.step, grads, state.g_opt, state.g_params)
-        # As Adam's, but from the first weights on: the average forgets them soon.
+        # Smaller at first, so that the average soon forgets the initial weights.
         decay = jnp.minimum(hyper.ema, (1 + state.step) / (10 + state.step))
         g_ema = ()
         if program.ema:
