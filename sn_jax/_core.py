@@ -2,12 +2,13 @@
 
 import difflib
 import math
+import operator
 import re
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +16,7 @@ import numpy as np
 from jax import Array, lax
 from jax.tree_util import GetAttrKey, keystr, register_dataclass, tree_flatten_with_path
 
-from sn_jax import _power
+from sn_jax import _power, _sharding
 from sn_jax._views import Matrix, View, check_linear, compute_dtype
 
 Params = Any
@@ -154,6 +155,33 @@ def spectral_normalize(
       [[0.5 0. ]
        [0.  1. ]]
     """
+    leaves = normalized_leaves(
+        params, state, n_steps=n_steps, bound=bound, mode=mode, gradient=gradient
+    )
+    changed = {path: leaf.scaled for path, leaf in leaves.items()}
+    if isinstance(n_steps, jax.Array) or operator.index(n_steps) > 0:
+        state = {path: leaf.singular for path, leaf in leaves.items()}
+    return with_leaves(params, changed), state
+
+
+class Leaf(NamedTuple):
+    """A normalized parameter: ``scaled = w * factor``, and its new state."""
+
+    w: Array
+    scaled: Array
+    factor: Array
+    singular: Singular
+
+    def rescaled(self, scale: Array) -> "Leaf":
+        scaled = self.singular.view.scale(self.scaled, scale)
+        return self._replace(scaled=scaled, factor=self.factor * scale)
+
+    def cast(self, dtype) -> "Leaf":
+        return self._replace(scaled=self.scaled.astype(dtype))
+
+
+def normalized_leaves(params: Params, state: State, *, n_steps, bound, mode, gradient):
+    """Path -> Leaf, as ``spectral_normalize`` says."""
     if mode not in ("divide", "clip"):
         raise ValueError(f'mode must be "divide" or "clip"; got {mode!r}.')
     if gradient not in ("through", "stop"):
@@ -162,13 +190,13 @@ def spectral_normalize(
     static = n_steps if isinstance(n_steps, int) else None
     weights = weights_of(params, state)
     bounds = bounds_by_path(bound, state)
-    changed, new_state = {}, {}
-    for path, w in weights.items():
-        changed[path], new_state[path] = _normalize(
+    return {
+        path: Leaf(w, *_normalize(
             w, state[path], bounds[path], n_steps if static is None else None,
             static_steps=static, mode=mode, gradient=gradient,
-        )  # fmt: skip
-    return with_leaves(params, changed), state if static == 0 else new_state
+        ))
+        for path, w in weights.items()
+    }  # fmt: skip
 
 
 def spectral_norms(params: Params, state: State) -> dict[str, Array]:
@@ -264,14 +292,40 @@ def spectral_penalty(params: Params, state: State) -> Array:
 
 def start_state(w: Array, view: View, n_vectors: int, seed: Array | int = 0) -> Singular:
     """Unit noise for one leaf, before any iteration."""
-    batch, domain, codomain = _spaces(view, w.shape)
+    batch, domain, codomain = _spaces(view, _sharding.whole_shape(view, w.shape))
     k = min(n_vectors, max(1, math.prod(domain)), max(1, math.prod(codomain)))
     dtype, lead = compute_dtype(w.dtype), len(batch) + 1
     seed = jnp.asarray(seed, jnp.uint32)
+    split = _sharding.batch_names(view, w.ndim)
+
+    def vectors(seed, space):
+        # Those of the whole batch, so that each device starts from its own part of them.
+        shape = (*_sharding.whole(batch, split), k, *space)
+        x = _sharding.own_blocks(_power.noise(seed, shape, dtype), split)
+        return _power.unit(x, 0.0, lead)
+
     # Both random: where the weights give no direction yet (zeros), either is a start.
-    u = _power.unit(_power.noise(seed, (*batch, k, *codomain), dtype), 0.0, lead)
-    v = _power.unit(_power.noise(~seed, (*batch, k, *domain), dtype), 0.0, lead)
-    return Singular(u, v, jnp.zeros(batch, dtype), view)
+    u, v = vectors(seed, codomain), vectors(~seed, domain)
+    sigma = _sharding.pcast(jnp.zeros(batch, dtype), sum(split, ()))
+    sigma, u, v = _sharding.take_types((sigma, u, v), w, _sharding.types(view, w))
+    return Singular(u, v, sigma, view)
+
+
+def stored_state(w: Array, view: View, u: Array, sigma: Array) -> Singular:
+    """From what the Flax wrappers store: v comes from the u in the first half step.
+
+    A v to fall back on, so that a u that is zero (as flax leaves it after a zero kernel) recovers.
+    """
+    batch, domain, _ = _spaces(view, _sharding.whole_shape(view, w.shape))
+    k = u.shape[len(batch)] if u.ndim > len(batch) else 1  # a wrong shape is told later
+    v = _power.ramp((*batch, k, *domain), compute_dtype(w.dtype))
+    return Singular(u, v, sigma, view)
+
+
+def chosen(update: bool | Array, new: Array, old: Array) -> Array:
+    if isinstance(update, bool | np.bool_):
+        return new if update else old
+    return jnp.where(update, new, old)
 
 
 @partial(jax.jit, static_argnames=("view", "n_vectors", "warmup"))
@@ -287,69 +341,61 @@ def _normalize(w, singular, bound, traced_steps, *, static_steps, mode, gradient
     value, factor = _factor(sigma, bound, mode, gradient)
     if traced_steps is not None:
         value = jnp.where(n_steps > 0, value, singular.sigma)
-    return singular.view.scale(w, factor), _updated(singular, value, u, v)
+    return singular.view.scale(w, factor), factor, _updated(singular, value, u, v)
 
 
 def _factor(sigma, bound, mode, gradient):
     """(sigma held constant, what to multiply by for a norm of ``bound``)."""
     value = lax.stop_gradient(sigma)
-    # sigma = value * ratio with ratio == 1: derivatives then involve no 1 / sigma^2, which
-    # overflows float32 long before the weights are tiny.
-    nonzero = ~(value < jnp.finfo(value.dtype).tiny)
-    safe = jnp.where(nonzero, value, jnp.ones_like(value))
-    bound = jnp.asarray(bound, value.dtype)
-    factor = constant = bound / safe
+    safe = jnp.where(value < jnp.finfo(value.dtype).tiny, jnp.ones_like(value), value)
+    factor = jnp.asarray(bound, value.dtype) / safe
     if gradient == "through":
-        factor = constant / jnp.where(nonzero, sigma / safe, jnp.ones_like(value))
+        # As constant / ratio with a ratio of 1: derivatives then involve no 1 / sigma^2, which
+        # overflows float32 long before the weights are tiny.
+        factor = factor / _power.with_value(sigma / safe, jnp.ones_like(value))
     if mode == "clip":
         factor = jnp.where(value <= bound, jnp.ones_like(factor), factor)
-    return value, jnp.where(jnp.isfinite(value), factor, jnp.nan)
+    return value, factor
 
 
-# What makes the product of Flax's dense layers other than x @ kernel.
+# What makes the product of Flax's dense layers other than a plain one in their dtype.
 _PRODUCT = ("dot_general", "dot_general_cls", "promote_dtype", "preferred_element_type")
 
 
-def scales_product(layer: Any, stock: Any, arrays: list[Any]) -> bool:
-    """Whether ``normalized_product`` gives a Flax layer the same as its kernel scaled, cheaper.
-
-    The same: float32 throughout, with the stock layer's product and promotion; accelerators round
-    a kernel to less in their default precision. Cheaper: not many more rows than inputs, so that
-    a product of outputs and their gradient costs less than one of kernels.
-
-    Args:
-      layer: the dense layer, of the stock layer's own type.
-      arrays: x, the kernel, and the bias if there is one.
-    """
-    x, kernel = arrays[:2]
-    return (
-        all(getattr(layer, name, None) == getattr(stock, name, None) for name in _PRODUCT)
-        and {getattr(array, "dtype", None) for array in arrays} == {jnp.dtype(jnp.float32)}
-        and jnp.dtype(layer.dtype or jnp.float32) == jnp.float32
-        and kernel.ndim == 2
-        and 0 < x.size // max(1, x.shape[-1]) <= 2 * kernel.shape[0]
-        and (jax.default_backend() == "cpu" or layer.precision == lax.Precision.HIGHEST)
-    )
+def is_plain_product(layer: Any, stock: Any) -> bool:
+    """Whether a Flax layer's product is that of the stock layer, of which it is, in float32."""
+    return all(
+        getattr(layer, name, None) == getattr(stock, name, None) for name in _PRODUCT
+    ) and layer.dtype in (None, jnp.float32)
 
 
-@partial(jax.jit, static_argnames=("n_steps", "mode", "gradient", "precision"))
-def normalized_product(
-    x: Array, w: Array, singular: Singular, bound, *, n_steps: int, mode, gradient, precision
-) -> tuple[Array, Singular]:
-    """(x @ W_bar, state after ``n_steps >= 1``) of a dense kernel, without writing W_bar.
+def scaled_product(leaf: Leaf) -> Callable[..., Array]:
+    """A ``dot_general`` that scales the product instead of the kernel, where that is cheaper.
 
-    The product is scaled instead of the kernel. So in the backward pass ``<G, W_bar>`` comes from
-    outputs instead of kernels, and only ``u v^T`` is added to the kernel's gradient.
+    In the backward pass ``<G, W_bar>`` then comes from outputs instead of kernels, and only
+    ``u v^T`` is added to the kernel's gradient; W_bar is not written. Cheaper: not many more rows
+    than inputs, so that a product of outputs and their gradient costs less than one of kernels.
+    The same: float32 throughout; accelerators round a kernel to less in their default precision.
 
     Args:
-      x: (..., in), float32 as w is.
-      w: (in, out).
-      singular: one pair of vectors, with the view ``Matrix(0, 1)``.
+      leaf: of a dense kernel; one factor for all of it.
     """
-    sigma, u, v = _run(partial(_power.iterate, n_steps=n_steps), w, singular)
-    value, factor = _factor(sigma, bound, mode, gradient)
-    y = lax.dot_general(x, w, (((x.ndim - 1,), (0,)), ((), ())), precision=precision)
-    return y * factor, _updated(singular, value, u, v)
+
+    def dot_general(x, scaled, dimensions, precision=None, **options):
+        ((axes, _), batch) = dimensions
+        n_in = math.prod(x.shape[axis] for axis in axes)
+        if (
+            leaf.factor.ndim == 0
+            and x.dtype == scaled.dtype == leaf.w.dtype == jnp.float32
+            and batch == ((), ())
+            and 0 < x.size <= 2 * n_in**2
+            and (jax.default_backend() == "cpu" or precision == lax.Precision.HIGHEST)
+        ):
+            product = lax.dot_general(x, leaf.w, dimensions, precision=precision, **options)
+            return product * _sharding.broadcast_like(leaf.factor, product, ())
+        return lax.dot_general(x, scaled, dimensions, precision=precision, **options)
+
+    return dot_general
 
 
 @jax.jit
@@ -368,14 +414,18 @@ def _run(method, w, singular):
     view, dtype = singular.view, compute_dtype(w.dtype)
     # Vectors are constants of the gradient, also where a user differentiates through a state.
     u, v = (lax.stop_gradient(x).astype(dtype) for x in (singular.u, singular.v))
-    batch_ndim = len(view.batch_shape(w.shape))
-    return method(view.matvec, w.astype(dtype), u, v, batch_ndim=batch_ndim)
+    split = _sharding.batch_names(view, w.ndim)
+    u, v = (_sharding.pcast(x, sum(split, ())) for x in (u, v))
+    apply, batch_ndim = partial(_sharding.matvec, view), len(view.batch_shape(w.shape))
+    run = partial(method, apply, batch_ndim=batch_ndim)
+    run = _sharding.lift_types(run, w, _sharding.types(view, w))
+    return _power.PowerResult(*run(w.astype(dtype), u, v))
 
 
 def _updated(singular, sigma, u, v):
-    """The state keeps its dtypes, so that it can be a scan's carry."""
+    """The state keeps its dtypes and shardings, so that it can be a scan's carry."""
     old = singular.sigma, singular.u, singular.v
-    sigma, u, v = (new.astype(x.dtype) for new, x in zip((sigma, u, v), old, strict=True))
+    sigma, u, v = map(_sharding.like, (sigma, u, v), old)
     return replace(singular, u=u, v=v, sigma=sigma)
 
 
@@ -528,6 +578,7 @@ def _checked_weight(path: str, w: Any, view: View) -> Array:
         )
     try:
         view.batch_shape(w.shape)
+        _sharding.check_split(view, w)
     except ValueError as error:
         raise ValueError(f"{path} of shape {jnp.shape(w)}: {error}") from None
     return w
@@ -556,7 +607,8 @@ def weights_of(params: Params, state: State) -> dict[str, Array]:
                 f"{listed(leaves)}."
             )
         w = _checked_weight(path, leaves[path], singular.view)
-        batch, domain, codomain = _spaces(singular.view, w.shape)
+        shape = _sharding.whole_shape(singular.view, w.shape)
+        batch, domain, codomain = _spaces(singular.view, shape)
         k = singular.v.shape[len(batch)] if singular.v.ndim > len(batch) else 1
         for name, space in (("u", codomain), ("v", domain)):
             expected, got = (*batch, k, *space), getattr(singular, name).shape

@@ -18,6 +18,8 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.tree_util import Partial
 
+from sn_jax import _sharding
+
 
 class PowerResult(NamedTuple):
     """A singular triple as far as the iteration got: ``A v = sigma u`` holds exactly.
@@ -107,13 +109,12 @@ def _power_iteration(matvec, v0, traced_steps, *, static_steps, batch_ndim):
     def apply(w, x):
         return matvec(x, *w)
 
-    lead = batch_ndim + 1
-    v = unit(jnp.expand_dims(lax.stop_gradient(v0), batch_ndim), 0.0, lead)
-    u = unit(_mapped(apply, batch_ndim)(lax.stop_gradient(closed_over), v), 0.0, lead)
+    v = unit(lax.stop_gradient(v0), 0.0, batch_ndim)
+    u = unit(apply(lax.stop_gradient(closed_over), v), 0.0, batch_ndim)
+    u, v = (jnp.expand_dims(x, batch_ndim) for x in (u, v))
     steps = static_steps if traced_steps is None else traced_steps
-    result = iterate(apply, closed_over, u, v, n_steps=steps, batch_ndim=batch_ndim)
-    first = partial(lax.index_in_dim, index=0, axis=batch_ndim, keepdims=False)
-    return PowerResult(result.sigma, first(result.u), first(result.v))
+    sigma, u, v = iterate(apply, closed_over, u, v, n_steps=steps, batch_ndim=batch_ndim)
+    return PowerResult(sigma, _first(u, batch_ndim), _first(v, batch_ndim))
 
 
 def iterate(
@@ -137,32 +138,29 @@ def iterate(
       u, v: (*batch, k, *codomain), (*batch, k, *domain); the first of the k is the leading one.
     """
     if isinstance(n_steps, int) and n_steps == 0:
-        # Normalized on read: an average of states, or a cast, must not change sigma's scale.
-        u0, v0 = (
-            unit(lax.slice_in_dim(x, 0, 1, axis=batch_ndim), 0.0, batch_ndim + 1) for x in (u, v)
-        )
-        return PowerResult(_sigma(u0, _mapped(apply, batch_ndim)(w, v0), batch_ndim), u, v)
+        return PowerResult(_stored_sigma(apply, w, u, v, batch_ndim), u, v)
 
-    frozen = lax.stop_gradient(w)
-    adjoint = _adjoint(apply, frozen, v, batch_ndim)
+    vectors = _Vectors(apply, w, batch_ndim, v)
+    adjoint = vectors.adjoint()
 
     def step(_, uvz):
         u, v, z = uvz
-        v = _orthonormal(z, v, batch_ndim)
-        u = _orthonormal(_mapped(apply, batch_ndim)(frozen, v), u, batch_ndim)
+        v = vectors.orthonormal(z, v)
+        u = vectors.orthonormal(vectors.apply(vectors.frozen, v), u)
         return u, v, adjoint(u)
 
-    carry = u, v, adjoint(u)
+    start = vectors.squeezed(u)
+    carry = start, vectors.squeezed(v), adjoint(start)
     if not isinstance(n_steps, int) or n_steps > 1:
         # Unrolled where it is short: XLA's convolutions are many times slower inside a CPU loop.
         short = isinstance(n_steps, int) and n_steps <= 5
         carry = lax.fori_loop(1, n_steps, step, carry, unroll=True if short else None)
-    sigma, new_u, new_v = _finish(apply, w, *carry, batch_ndim)
+    sigma, *new = vectors.finish(*carry)
+    new = PowerResult(sigma, *map(vectors.unsqueezed, new))
     if isinstance(n_steps, int):
-        return PowerResult(sigma, new_u, new_v)
+        return new
     kept = iterate(apply, w, u, v, n_steps=0, batch_ndim=batch_ndim)
-    pick = partial(jnp.where, n_steps > 0)
-    return PowerResult(*map(pick, (sigma, new_u, new_v), kept))
+    return PowerResult(*map(partial(jnp.where, n_steps > 0), new, kept))
 
 
 def converge(
@@ -181,66 +179,140 @@ def converge(
     the triple: some singular value of ``A`` lies within ``rtol * sigma`` of ``sigma``. A map that
     is zero or not finite counts as converged.
     """
-    w = lax.stop_gradient(w)
-    adjoint = _adjoint(apply, w, v, batch_ndim)
-    first = partial(lax.index_in_dim, index=0, axis=batch_ndim, keepdims=False)
+    vectors = _Vectors(apply, lax.stop_gradient(w), batch_ndim, v)
+    adjoint = vectors.adjoint()
 
     def unfinished(carry):
         i, _, _, _, _, residual = carry
-        return (i < max_steps) & jnp.any(residual > rtol)
+        return (i < max_steps) & _sharding.anywhere(jnp.any(residual > rtol))
 
     def step(carry):
         i, u, v, z, _, _ = carry
-        sigma, u, v = _finish(apply, w, u, v, z, batch_ndim)
+        sigma, u, v = vectors.finish(u, v, z)
         z = adjoint(u)
         safe = jnp.where(sigma >= jnp.finfo(sigma.dtype).tiny, sigma, jnp.ones_like(sigma))
-        gap = first(z) / _expand(safe, first(z)) - first(v) * _expand(sigma / safe, first(v))
+        z1, v1 = vectors.leading(z), vectors.leading(v)
+        gap = z1 / _expand(safe, z1) - v1 * _expand(sigma / safe, v1)
         return i + 1, u, v, z, sigma, _norm(gap, batch_ndim)
 
     sigma = iterate(apply, w, u, v, n_steps=0, batch_ndim=batch_ndim).sigma
+    u, v = vectors.squeezed(u), vectors.squeezed(v)
     start = 0, u, v, adjoint(u), sigma, jnp.full_like(sigma, jnp.inf)
     _, u, v, _, sigma, _ = lax.while_loop(unfinished, step, start)
-    return PowerResult(sigma, u, v)
+    return PowerResult(sigma, vectors.unsqueezed(u), vectors.unsqueezed(v))
 
 
-def _finish(apply, w, u, v, z, batch_ndim) -> PowerResult:
-    """The last half step, given z = A^T u: v from z, then u and sigma from one read of w."""
-    v_old, v = v, _orthonormal(z, v, batch_ndim)
-    y = _mapped(apply, batch_ndim)(w, v)
-    if v.shape[batch_ndim] > 1:
-        rotation = _ritz(lax.stop_gradient(y), batch_ndim)
-        v, y = _combine(rotation, v, batch_ndim), _combine(rotation, y, batch_ndim)
+class _Vectors:
+    """The steps on vectors of one map: k of them along the axis after the batch, or one without."""
+
+    def __init__(self, apply, w, batch_ndim: int, v: Array):
+        """``v`` (*batch, k, *domain) tells k and the shapes."""
+        self.batch_ndim, self.single = batch_ndim, v.shape[batch_ndim] == 1
+        # One vector has no axis of its own: XLA then needs fewer and simpler operations.
+        self.apply = apply if self.single else _mapped(apply, batch_ndim)
+        self.lead = batch_ndim + (not self.single)
+        self.w, self.frozen, self.like = w, lax.stop_gradient(w), self.squeezed(v)
+
+    def squeezed(self, x: Array) -> Array:
+        return _first(x, self.batch_ndim) if self.single else x
+
+    def unsqueezed(self, x: Array) -> Array:
+        return jnp.expand_dims(x, self.batch_ndim) if self.single else x
+
+    def leading(self, x: Array) -> Array:
+        return x if self.single else _first(x, self.batch_ndim)
+
+    def adjoint(self) -> Callable[[Array], Array]:
+        transpose = jax.linear_transpose(partial(self.apply, self.frozen), self.like)
+        return lambda u: transpose(u)[0]
+
+    def orthonormal(self, z: Array, fallback: Array) -> Array:
+        """Orthonormal rows spanning z's; rows that depend on the others become zero.
+
+        From the eigenvectors of the k x k Gram matrix of unit rows: the one product is a k^2
+        reduction, where QR of a sharded array would gather all of it.
+        """
+        z = unit(z, fallback, self.lead)
+        if self.single:
+            return z
+        eigenvalues, q = jnp.linalg.eigh(_gram(z, self.batch_ndim), symmetrize_input=False)
+        kept = eigenvalues > jnp.sqrt(jnp.finfo(z.dtype).eps)
+        weights = jnp.where(kept, lax.rsqrt(jnp.where(kept, eigenvalues, 1.0)), 0.0)
+        return _combine(q * jnp.expand_dims(weights, -2), z, self.batch_ndim)
+
+    def finish(self, u: Array, v: Array, z: Array) -> PowerResult:
+        """The last half step, given z = A^T u: v from z, then u and sigma from one read of w."""
+        v_old, v = v, self.orthonormal(z, v)
+        y = self.apply(self.w, v)
+        if not self.single:
+            v, y = self._rotated(v, y, v_old)
+        u, length = _unit_and_length(lax.stop_gradient(y), u, self.lead)
+        # NaN also where z was too long and v is still the old one.
+        _, z_length = _unit_and_length(z, v_old, self.lead)
+        length = self.leading(length) + 0 * self.leading(z_length)
+        along = _inner(self.leading(u), self.leading(y), self.batch_ndim)
+        return PowerResult(with_value(along, length), u, v)
+
+    def _rotated(self, v, y, v_old):
+        """v and y = A v, combined into singular directions (Rayleigh-Ritz), largest first."""
+        b, lead = self.batch_ndim, self.lead
+        rotation = _ritz(lax.stop_gradient(y), b)
+        v, y = _combine(rotation, v, b), _combine(rotation, y, b)
         # Orthonormal only to sqrt(eps): dividing by the true length keeps sigma <= |A|.
-        length = _norm(v, batch_ndim + 1)
+        length = _norm(v, lead)
         length = jnp.where(length > 0, length, jnp.ones_like(length))
         v, y = v / _expand(length, v), y / _expand(length, y)
-        v = unit(v, v_old, batch_ndim + 1)
+        v = unit(v, v_old, lead)
         # Eigenvectors have no sign of their own: keep the one that the stored vectors had.
-        along = jnp.sum(v * v_old, tuple(range(batch_ndim + 1, v.ndim)))
+        along = _inner(v, v_old, lead)
         sign = jnp.where(along < 0, -jnp.ones_like(along), jnp.ones_like(along))
-        v, y = v * _expand(sign, v), y * _expand(sign, y)
-    u = unit(lax.stop_gradient(y), u, batch_ndim + 1)
-    return PowerResult(_sigma(u, y, batch_ndim), u, v)
+        return v * _expand(sign, v), y * _expand(sign, y)
 
 
-def _sigma(u: Array, y: Array, batch_ndim: int) -> Array:
-    """<u, y> of the leading pair; |y| where that is <= 0 (a sign flip, a foreign checkpoint)."""
-    first = partial(lax.index_in_dim, index=0, axis=batch_ndim, keepdims=False)
-    u, y = lax.stop_gradient(first(u)), first(y)
-    axes = tuple(range(batch_ndim, y.ndim))
-    aligned = jnp.sum(u * lax.stop_gradient(y), axes, keepdims=True) > 0
-    u = jnp.where(aligned, u, unit(lax.stop_gradient(y), u, batch_ndim))
-    return jnp.sum(u * y, axes)
+def _stored_sigma(apply, w, u, v, batch_ndim) -> Array:
+    """<u, A v> / (|u| |v|) of the leading pair; |A v| / |v| where that is <= 0.
+
+    Divided: an average of states, or a cast, must not change sigma's scale. Not positive: a sign
+    flip, a ``u`` from elsewhere.
+    """
+    u, v = _first(u, batch_ndim), _first(v, batch_ndim)
+    y = apply(w, v)
+    own, length = _unit_and_length(lax.stop_gradient(y), 0.0, batch_ndim)
+    along = _inner(u, lax.stop_gradient(y), batch_ndim)
+    per_u, per_v = (_inverse(_inner(x, x, batch_ndim)) for x in (u, v))
+    stored = (along > 0) & (along < jnp.inf)
+    direction = jnp.where(_expand(stored, u), u * _expand(per_u, u), own)
+    value = jnp.where(stored, along * per_u, length)
+    return with_value(_inner(direction, y, batch_ndim), value) * per_v
+
+
+def _inverse(square: Array) -> Array:
+    """1 / length from its square; 0 for 0."""
+    return jnp.where(square == 0, square, lax.rsqrt(square))
+
+
+@jax.custom_jvp
+def with_value(x: Array, value: Array) -> Array:
+    """``value``, a constant, with all the derivatives of ``x``; what x takes is not computed."""
+    return value
+
+
+@with_value.defjvp
+def _(primals, tangents):
+    return with_value(*primals), tangents[0]
+
+
+def _first(x: Array, axis: int) -> Array:
+    return lax.index_in_dim(x, 0, axis, keepdims=False)
+
+
+def _inner(x: Array, y: Array, lead: int) -> Array:
+    return jnp.sum(x * y, tuple(range(lead, y.ndim)))
 
 
 def _mapped(apply, batch_ndim):
     """``apply`` over the axis of the k vectors."""
     return jax.vmap(apply, in_axes=(None, batch_ndim), out_axes=batch_ndim)
-
-
-def _adjoint(apply, w, v, batch_ndim):
-    transpose = jax.linear_transpose(partial(_mapped(apply, batch_ndim), w), v)
-    return lambda u: transpose(u)[0]
 
 
 def _expand(scalars: Array, like: Array) -> Array:
@@ -253,16 +325,22 @@ def _norm(x: Array, lead: int) -> Array:
 
 
 def unit(x: Array, fallback: Array | float, lead: int) -> Array:
-    """x / |x| over the axes from ``lead`` on; ``fallback`` where x is zero or not finite.
+    """x / |x| over the axes from ``lead`` on; ``fallback`` where x is zero or not finite."""
+    return _unit_and_length(x, fallback, lead)[0]
 
-    Divided by its largest entry first: squares of 1e-30 would underflow in float32.
-    """
+
+def _unit_and_length(x: Array, fallback: Array | float, lead: int) -> tuple[Array, Array]:
+    """``unit`` and |x|, which is 0 or NaN where x has no direction."""
     axes = tuple(range(lead, x.ndim))
-    peak = jnp.max(jnp.abs(x), axes, keepdims=True, initial=0)
-    usable = (peak >= jnp.finfo(x.dtype).tiny) & jnp.isfinite(peak)
-    x = x / jnp.where(usable, peak, jnp.ones_like(peak))
-    # The largest entry is 1 now, so the floor of 1 only keeps 0 / 0 away from unusable x.
-    return jnp.where(usable, x / _expand(jnp.maximum(_norm(x, lead), 1.0), x), fallback)
+    # Scaled by its largest entry: squares of 1e-30 would underflow in float32.
+    peak = jnp.max(jnp.abs(x), axes, initial=0 if 0 in x.shape else None)
+    scale = 1 / peak
+    x_scaled = x * _expand(scale, x)
+    # NaN, so not > 0, where x is zero, not finite, or so large that its inverse is denormal.
+    inverse = scale * lax.rsqrt(jnp.sum(x_scaled * x_scaled, axes))
+    usable = inverse > 0
+    x = jnp.where(_expand(usable, x), x * _expand(inverse, x), fallback)
+    return x, jnp.where(usable, 1 / inverse, jnp.where(peak < 1, 0.0, jnp.nan))
 
 
 def noise(seed: Array | int, shape: tuple[int, ...], dtype) -> Array:
@@ -277,27 +355,20 @@ def noise(seed: Array | int, shape: tuple[int, ...], dtype) -> Array:
     return ((bits >> 8).astype(dtype) / 2**23 - 1).reshape(shape)
 
 
+def ramp(shape: tuple[int, ...], dtype) -> Array:
+    """A vector shorter than 1 over all axes, made in one operation: something to fall back on."""
+    n = math.prod(shape)
+    if n <= 1:
+        return jnp.ones(shape, dtype)
+    return (lax.iota(dtype, n) * (math.sqrt(3) / n**1.5)).reshape(shape)
+
+
 def _mix(x: Array) -> Array:
     """A bijection of 32-bit integers that leaves no visible trace of their order."""
     x = x + jnp.uint32(0x9E3779B9)
     for multiplier in (0x7FEB352D, 0x846CA68B):
         x = (x ^ (x >> 16)) * jnp.uint32(multiplier)
     return x ^ (x >> 16)
-
-
-def _orthonormal(z: Array, fallback: Array, batch_ndim: int) -> Array:
-    """Orthonormal rows spanning z's; rows that depend on the others numerically become zero.
-
-    From the eigenvectors of the k x k Gram matrix of unit rows: the one product is a k^2
-    reduction, where QR of a sharded array would gather all of it.
-    """
-    z = unit(z, fallback, batch_ndim + 1)
-    if z.shape[batch_ndim] == 1:
-        return z
-    eigenvalues, q = jnp.linalg.eigh(_gram(z, batch_ndim), symmetrize_input=False)
-    kept = eigenvalues > jnp.sqrt(jnp.finfo(z.dtype).eps)
-    weights = jnp.where(kept, lax.rsqrt(jnp.where(kept, eigenvalues, 1.0)), 0.0)
-    return _combine(q * jnp.expand_dims(weights, -2), z, batch_ndim)
 
 
 def _ritz(y: Array, batch_ndim: int) -> Array:

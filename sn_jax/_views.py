@@ -5,13 +5,18 @@ import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import lru_cache, partial
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
+from jax.sharding import PartitionSpec
+
+from sn_jax import _sharding
 
 Shape = tuple[int, ...]
+# For each axis of a kernel the mesh axes that it is split over.
+Split = tuple[tuple[str, ...], ...]
 
 
 @runtime_checkable
@@ -21,7 +26,9 @@ class View(Protocol):
     Everything else (power iteration, its adjoint, gradients, norms) is derived from these
     four methods. A view is static: frozen, hashable, and free of arrays, so that it can be a
     ``jit``-static argument and travel in the treedef of a state. To support a new kind of
-    layer, write one frozen dataclass with these methods.
+    layer, write one frozen dataclass with these methods. One more, ``vector_axes(ndim)``, is
+    optional: three tuples that say for each axis of batch, x and y which axis of the kernel it
+    is, or None; on explicit meshes u and v are sharded so, and replicated without it.
     """
 
     def batch_shape(self, shape: Shape) -> Shape:
@@ -43,7 +50,7 @@ class View(Protocol):
 
 @partial(jax.checkpoint, prevent_cse=False, static_argnums=2)  # else JAX keeps the broadcast factor
 def _scale(w: Array, factor: Array, batch_axes: Shape) -> Array:
-    factor = lax.broadcast_in_dim(factor, w.shape, batch_axes)
+    factor = _sharding.broadcast_like(factor, w, batch_axes)
     # Multiplied in the (wider) dtype of the factor, rounded once.
     return (w.astype(factor.dtype) * factor).astype(w.dtype)
 
@@ -66,7 +73,26 @@ def _as_axes(axes: int | Sequence[int], name: str) -> tuple[int, ...]:
     return axes
 
 
-@dataclass(frozen=True)
+def _as_split(split: Any) -> Split | None:
+    """A PartitionSpec, hashable and with a tuple of names for each axis."""
+    if split is None:
+        return None
+    if not isinstance(split, Sequence | PartitionSpec) or isinstance(split, str):
+        raise TypeError(
+            f"split={split!r}: give the kernel's in_spec, jax.sharding.PartitionSpec('data', None)."
+        )
+    entries = ((entry,) if isinstance(entry, str) else tuple(entry or ()) for entry in split)
+    return tuple(entries)
+
+
+def _check_split(view: "Matrix | Conv", ndim: int) -> None:
+    if len(view.split or ()) > ndim:
+        raise ValueError(
+            f"{view}: split has {len(view.split)} entries, but the kernel has {ndim} axes."
+        )
+
+
+@dataclass(frozen=True, repr=False)
 class Matrix:
     """A kernel as a matrix: ``y = sum over in_axes of w * x``; every other axis is batch.
 
@@ -77,10 +103,12 @@ class Matrix:
     Args:
       in_axes: axis or axes of the kernel that are summed over. Shape of ``x``: their sizes.
       out_axes: axis or axes of the output. Axes in neither group are normalized independently.
+      split: for kernels that ``shard_map`` splits: their ``PartitionSpec`` in its ``in_specs``,
+        so that products and norms are those of the whole kernel. Of no effect outside.
 
     Raises:
       ValueError: an axis is repeated, in both groups, or out of range for a kernel.
-      TypeError: an axis is not an integer.
+      TypeError: an axis is not an integer, or ``split`` no ``PartitionSpec``.
 
     Example:
       >>> per_head = Matrix(in_axes=0, out_axes=2)        # (features, heads, dim)
@@ -90,13 +118,20 @@ class Matrix:
 
     in_axes: int | Sequence[int] = -2
     out_axes: int | Sequence[int] = -1
+    split: PartitionSpec | Split | None = None
 
     def __post_init__(self):
         for name in ("in_axes", "out_axes"):
             object.__setattr__(self, name, _as_axes(getattr(self, name), name))
+        object.__setattr__(self, "split", _as_split(self.split))
+
+    def __repr__(self):
+        split = "" if self.split is None else f", split={PartitionSpec(*self.split)}"
+        return f"Matrix(in_axes={self.in_axes}, out_axes={self.out_axes}{split})"
 
     def axis_groups(self, ndim: int) -> tuple[Shape, Shape, Shape]:
         """(batch, in, out) axes of a kernel with ``ndim`` axes, each sorted and non-negative."""
+        _check_split(self, ndim)
         for axis in (*self.in_axes, *self.out_axes):
             if not -ndim <= axis < ndim:
                 raise ValueError(
@@ -114,6 +149,10 @@ class Matrix:
         batch = [axis for axis in range(ndim) if axis not in named]
         return tuple(batch), tuple(ins), tuple(outs)
 
+    def vector_axes(self, ndim: int) -> tuple[Shape, Shape, Shape]:
+        """The kernel axis that each axis of batch, x and y is, in order: their sharding."""
+        return self.axis_groups(ndim)
+
     def batch_shape(self, shape: Shape) -> Shape:
         batch, _, _ = self.axis_groups(len(shape))
         return tuple(shape[axis] for axis in batch)
@@ -124,7 +163,7 @@ class Matrix:
 
     def matvec(self, w: Array, x: Array) -> Array:
         batch, ins, outs = self.axis_groups(w.ndim)
-        if max(len(ins), len(outs)) > 1 and jax.device_count() == 1:
+        if max(len(ins), len(outs)) > 1 and _sharding.is_whole(w):
             for first, last in ((ins, outs), (outs, ins)):
                 if (*batch, *first, *last) == tuple(range(w.ndim)):
                     return self._flat_matvec(w, x, len(batch), len(first), ins < outs)
@@ -137,7 +176,7 @@ class Matrix:
         """The same with both groups of axes flattened, where they lie together in memory.
 
         XLA transposes a copy of a kernel whose contraction runs over several axes; of a flat one
-        it does not. Not where axes may be split over devices: flattening would gather them.
+        it does not.
         """
         batch, rest = w.shape[:n_batch], w.shape[n_batch:]
         first, last = rest[:n_first], rest[n_first:]
@@ -183,6 +222,8 @@ class Conv:
       transpose_kernel: of ``nn.ConvTranspose``; the kernel's last axes are (out, in) then.
       batch_axes: axes of the kernel that are stacks of kernels (scanned layers, ensembles);
         by default the leading ones before (*spatial, in, out).
+      split: as of ``Matrix``: the ``PartitionSpec`` of a kernel that ``shard_map`` splits along
+        batch axes or the channels of an ungrouped convolution.
 
     Raises:
       ValueError: an option does not fit the dimensions or the kernel.
@@ -202,6 +243,7 @@ class Conv:
     transpose: bool = False
     transpose_kernel: bool = False
     batch_axes: Sequence[int] | None = None
+    split: PartitionSpec | Split | None = None
 
     def __post_init__(self):
         size = self.input_shape
@@ -215,6 +257,7 @@ class Conv:
         plain["padding"] = self._padding(n)
         if self.batch_axes is not None:
             plain["batch_axes"] = tuple(operator.index(axis) for axis in self.batch_axes)
+        plain["split"] = _as_split(self.split)
         for name, value in plain.items():
             object.__setattr__(self, name, value)
         if self.transpose and (self.feature_group_count != 1 or set(self.input_dilation) != {1}):
@@ -250,7 +293,18 @@ class Conv:
             )
         return tuple((operator.index(low), operator.index(high)) for low, high in pairs)
 
+    def vector_axes(self, ndim: int) -> tuple[tuple, tuple, tuple]:
+        """The kernel axis that each axis of batch, x and y is; None for pixels and groups."""
+        pixels = (None,) * len(self.input_shape)
+        channels = [a for a in range(ndim) if a not in self.kernel_batch_axes(ndim)][-2:]
+        if self.feature_group_count > 1:
+            channels = [None, None]
+        elif self.transpose and self.transpose_kernel:
+            channels.reverse()
+        return self.kernel_batch_axes(ndim), (*pixels, channels[0]), (*pixels, channels[1])
+
     def kernel_batch_axes(self, ndim: int) -> Shape:
+        _check_split(self, ndim)
         n_batch = ndim - len(self.input_shape) - 2
         axes = tuple(range(n_batch)) if self.batch_axes is None else self.batch_axes
         if n_batch < 0 or len(axes) != n_batch or not all(-ndim <= a < ndim for a in axes):

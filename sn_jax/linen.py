@@ -23,6 +23,8 @@ ConvView = Literal["reshape", "operator"]
 # What nn.jit traced with tags, or while a bake noted what it wrote, is of no use to others: part
 # of jit's cache key.
 _tracing = jax.make_user_context(None)
+# Layers whose products can be scaled instead of their kernels, as Flax makes them.
+_DENSE = {nn.Dense: nn.Dense(0), nn.DenseGeneral: nn.DenseGeneral(0)}
 # Whether a SpectralNorm is around what runs.
 _wrapped: ContextVar[bool] = ContextVar("_wrapped", default=False)
 
@@ -366,8 +368,6 @@ class SpectralNorm(nn.Module):
         if self.is_initializing():
             # Creates the raw parameters, which the second call below reads.
             layer(*args, **kwargs)
-        if written is None and self._scales_product(args, kwargs):
-            return self._product(args, kwargs, update_stats)
         parts = list(_parts(layer))
         variables: dict[str, dict] = {}
         for prefix, part in parts:
@@ -376,11 +376,12 @@ class SpectralNorm(nn.Module):
                 variables.setdefault(name, {}).update({(*prefix, *k): v for k, v in flat.items()})
         boxed = {"/".join(key): leaf for key, leaf in variables.pop("params", {}).items()}
         others = {name: traverse_util.unflatten_dict(flat) for name, flat in variables.items()}
-        normalized = {}
+        leaves = {}
         # A shared layer may have been baked by an earlier call.
         if not any(_value(leaf) is new for leaf in boxed.values() for new in written or ()):
             params = {path: meta.unbox(leaf) for path, leaf in boxed.items()}
-            normalized = self._normalized(params, others, args, kwargs, update_stats)
+            leaves = self._normalized(params, others, args, kwargs, update_stats)
+        normalized = {path: leaf.scaled for path, leaf in leaves.items()}
         if written is not None:
             written.extend(normalized.values())
         path_of = {id(_value(leaf)): path for path, leaf in boxed.items()}
@@ -395,70 +396,61 @@ class SpectralNorm(nn.Module):
                     flat[key] = leaf.replace_boxed(w) if box else w
             return {**variables, "params": traverse_util.unflatten_dict(flat)}
 
-        return nn.map_variables(
+        run = nn.map_variables(
             lambda layer: layer(*args, **kwargs),
             "params",
             trans_in_fn=substitute,
             init=False,
             mutable=written is not None,
-        )(layer)
+        )
+        with nn.intercept_methods(self._scaled_products({} if written is not None else leaves)):
+            return run(layer)
 
     @nn.nowrap
-    def _scales_product(self, args, kwargs) -> bool:
-        plain = self.dtype is None and self.rules is None and self.n_vectors == 1
-        layer, single = self.layer_instance, len(args) == 1 and not kwargs
-        if not (plain and single and type(layer) is nn.Dense):
-            return False
-        names = ("kernel", "bias") if layer.use_bias else ("kernel",)
-        params = [meta.unbox(layer.get_variable("params", name)) for name in names]
-        return _core.scales_product(layer, nn.Dense(0), [*args, *params])
+    def _scaled_products(self, leaves):
+        """A method interceptor: dense layers of these kernels scale their products."""
+        depth = len(self.layer_instance.path)
 
-    @nn.nowrap
-    def _product(self, args, kwargs, update_stats):
-        layer, path, view = self.layer_instance, "kernel", Matrix(0, 1)
-        kernel = meta.unbox(layer.get_variable("params", path))
-        state = self._stored(path, kernel, view)
-        _core.weights_of({path: kernel}, {path: state})  # a state of another shape is said so
-        bound = _core.bounds_by_path(self.bound, {path: state})[path]
-        stored = []
+        def intercept(next_fun, args, kwargs, context):
+            dense = context.module
+            leaf = leaves.get("/".join((*dense.path[depth:], "kernel")))
+            if (
+                leaf is None
+                or context.method_name != "__call__"
+                or type(dense) not in _DENSE
+                or not _core.is_plain_product(dense, _DENSE[type(dense)])
+                # Inside nn.jit and the like an array from out here would be a leak.
+                or dense.scope.trace_level != self.scope.trace_level
+            ):
+                return next_fun(*args, **kwargs)
+            scaled = dense.clone(parent=dense.scope, dot_general=_core.scaled_product(leaf))
+            return scaled(*args, **kwargs)
 
-        def product(x, kernel, _, precision=None, **__):
-            y, new = _core.normalized_product(
-                x, kernel, state, bound,
-                n_steps=self._steps,
-                mode=self.mode, gradient=self.gradient, precision=precision,
-            )  # fmt: skip
-            stored.append(new)
-            return self._scale(path, view, kernel.shape) * y if self.use_scale else y
-
-        out = layer.clone(parent=layer.scope, dot_general=product)(*args, **kwargs)
-        if not self.stateless and not self.is_initializing():
-            self._store(path, state, *stored, update_stats)
-        return out
+        return intercept
 
     def _scale(self, path, view, shape):
         init = nn.initializers.ones
         return self.param(self._key(path, "scale"), init, view.batch_shape(shape), self.param_dtype)
 
     def _normalized(self, params, others, args, kwargs, update_stats):
-        """path -> normalized kernel; stores the new statistics if told to."""
+        """path -> Leaf; stores the new statistics if told to."""
         tree = traverse_util.unflatten_dict({tuple(k.split("/")): w for k, w in params.items()})
         found = self._views(params, {**others, "params": tree}, args, kwargs)
         state = {path: self._stored(path, params[path], view) for path, view in found.items()}
-        normalized, new_state = _core.spectral_normalize(
+        leaves = _core.normalized_leaves(
             {path: params[path] for path in found}, state,
             n_steps=self._steps,
             bound=self.bound, mode=self.mode, gradient=self.gradient,
         )  # fmt: skip
         for path, view in found.items():
             if not self.stateless and not self.is_initializing():
-                self._store(path, state[path], new_state[path], update_stats)
+                self._store(path, state[path], leaves[path].singular, update_stats)
             if self.use_scale:
                 scale = self._scale(path, view, params[path].shape)
-                normalized[path] = view.scale(normalized[path], scale)
+                leaves[path] = leaves[path].rescaled(scale)
             if self.dtype is not None:
-                normalized[path] = normalized[path].astype(self.dtype)
-        return normalized
+                leaves[path] = leaves[path].cast(self.dtype)
+        return leaves
 
     def _views(self, params, variables, args, kwargs):
         if self.error_on_non_matrix:
@@ -516,12 +508,10 @@ class SpectralNorm(nn.Module):
                 f"The collection {self.collection_name!r} has {self._key(path, 'u')} but no sigma "
                 "beside it: pass all that init returned."
             )
-        # v is only a fallback: with it a u that is zero (as flax leaves it after a zero kernel)
-        # recovers.
-        return _core.Singular(u, _core.start_state(w, view, self.n_vectors).v, sigma, view)
+        return _core.stored_state(w, view, u, sigma)
 
     def _store(self, path, old, new, update_stats):
         if self.is_mutable_collection(self.collection_name):
             for name in ("u", "sigma"):
-                value = jnp.where(update_stats, getattr(new, name), getattr(old, name))
+                value = _core.chosen(update_stats, getattr(new, name), getattr(old, name))
                 self.put_variable(self.collection_name, self._key(path, name), value)

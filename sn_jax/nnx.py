@@ -1,7 +1,6 @@
 """Spectral normalization for Flax NNX: whole-model views, a drop-in wrapper, and export."""
 
 import inspect
-from dataclasses import replace
 from functools import cache, partial
 from types import SimpleNamespace
 from typing import Any, Literal
@@ -313,91 +312,68 @@ class SpectralNorm(nnx.Module):
         """A method of the layer, on a copy with normalized kernels."""
         if update_stats is None:
             update_stats = not self.use_running_average
-        if method == "__call__" and not kwargs and self._scales_product(args):
-            return self._product(*args, update_stats)
         graphdef, state = nnx.split(self.layer_instance)
         variables = dict(nnx.to_flat_state(state))
-        normalized = self._normalized(variables, update_stats)
-        for path, w in normalized.items():
-            variables[path] = variables[path].replace(w)
+        leaves = self._normalized(variables, update_stats)
+        for path, leaf in leaves.items():
+            variables[path] = variables[path].replace(leaf.scaled)
         before = {path: v.get_raw_value() for path, v in variables.items()}
         copy = nnx.merge(graphdef, nnx.from_flat_state(list(variables.items())))
+        # Inside other layers nnx.jit and the like may run, where an array from out here is a leak.
+        if type(copy) in (*_dense_layers(), nnx.MultiHeadAttention):
+            for path, layer in nnx.iter_modules(copy):
+                leaf, stock = leaves.get((*path, "kernel")), _dense_layers().get(type(layer))
+                if leaf and stock and _core.is_plain_product(layer, stock):
+                    layer.dot_general = _core.scaled_product(leaf)
         out = getattr(copy, method)(*args, **kwargs)
         # What the call changed (batch statistics, counters, sown values) goes back to the layer.
         changed = [
             (path, v) for path, v in nnx.to_flat_state(nnx.state(copy))
-            if path not in normalized and before.get(path) is not v.get_raw_value()
+            if path not in leaves and before.get(path) is not v.get_raw_value()
         ]  # fmt: skip
         if changed:
             nnx.update(self.layer_instance, nnx.from_flat_state(changed))
         return out
 
-    def _scales_product(self, args) -> bool:
-        layer = self.layer_instance
-        plain = self.dtype is None and self.n_vectors == 1 and len(args) == 1
-        if not (plain and type(layer) is nnx.Linear and self.views == (("kernel", Matrix(0, 1)),)):
-            return False
-        params = [layer.kernel[...]] + ([layer.bias[...]] if layer.use_bias else [])
-        return _core.scales_product(layer, _stock_linear(), [*args, *params])
-
-    def _product(self, x, update_stats):
-        layer, ((name, view),) = self.layer_instance, self.views
-        state = self._stored(name, layer.kernel[...], view)
-        _core.weights_of({name: layer.kernel[...]}, {name: state})  # shapes checked, as elsewhere
-        bound = _core.bounds_by_path(self.bound, {name: state})[name]
-        stored = []
-
-        def product(x, kernel, _, precision=None, **__):
-            y, new = _core.normalized_product(
-                x, kernel, state, bound,
-                n_steps=self.n_steps, mode=self.mode, gradient=self.gradient, precision=precision,
-            )  # fmt: skip
-            stored.append(new)
-            return y * _descend(self.scales, name)["scale"][...] if self.scales else y
-
-        copy = nnx.merge(*nnx.split(layer))
-        copy.dot_general = product
-        out = copy(x)
-        self._store(name, state, *stored, update_stats)
-        return out
-
-    def _normalized(self, variables, update_stats) -> dict[tuple, jax.Array]:
-        """Path -> normalized kernel; stores the new state if ``update_stats``."""
+    def _normalized(self, variables, update_stats) -> dict[tuple, _core.Leaf]:
+        """Path -> Leaf; stores the new state if ``update_stats``."""
         paths = {_name(path): path for path in variables}
         params = {name: variables[paths[name]][...] for name, _ in self.views}
         state = {name: self._stored(name, params[name], view) for name, view in self.views}
-        normalized, new_state = _core.spectral_normalize(
+        leaves = _core.normalized_leaves(
             params, state,
             n_steps=self.n_steps, bound=self.bound, mode=self.mode, gradient=self.gradient,
         )  # fmt: skip
-        for name, view in self.views:
-            self._store(name, state[name], new_state[name], update_stats)
+        for name, _ in self.views:
+            self._store(name, state[name], leaves[name].singular, update_stats)
             if self.scales:
                 scale = _descend(self.scales, name)["scale"][...]
-                normalized[name] = view.scale(normalized[name], scale)
+                leaves[name] = leaves[name].rescaled(scale)
             if self.dtype is not None:
-                normalized[name] = normalized[name].astype(self.dtype)
-        return {paths[name]: w for name, w in normalized.items()}
+                leaves[name] = leaves[name].cast(self.dtype)
+        return {paths[name]: leaf for name, leaf in leaves.items()}
 
     def _stored(self, name, w, view):
         """The state of one kernel: u and sigma as stored; v to be iterated from u."""
-        start = _core.start_state(w, view, self.n_vectors)
         if self.stateless:
-            return start
-        # v is only a fallback: v = unit(W u) is the first half step.
+            return _core.start_state(w, view, self.n_vectors)
         stats = _descend(self.batch_stats, name)
-        return replace(start, u=stats["u"][...], sigma=stats["sigma"][...])
+        return _core.stored_state(w, view, stats["u"][...], stats["sigma"][...])
 
     def _store(self, name, old, new, update_stats):
         if not self.stateless and update_stats is not False:
             stats = _descend(self.batch_stats, name)
             for key in ("u", "sigma"):
-                stats[key][...] = jnp.where(update_stats, getattr(new, key), getattr(old, key))
+                stats[key][...] = _core.chosen(update_stats, getattr(new, key), getattr(old, key))
 
 
 @cache
-def _stock_linear() -> nnx.Linear:
-    return nnx.eval_shape(lambda: nnx.Linear(1, 1, rngs=nnx.Rngs(0)))
+def _dense_layers() -> dict[type, nnx.Module]:
+    """Layers whose products can be scaled instead of their kernels, as Flax makes them."""
+    layers = nnx.eval_shape(
+        lambda: (nnx.Linear(1, 1, rngs=nnx.Rngs(0)), nnx.LinearGeneral(1, 1, rngs=nnx.Rngs(0)))
+    )
+    return {type(layer): layer for layer in layers}
 
 
 def _descend(tree, path: str):
@@ -473,8 +449,8 @@ def bake(model: nnx.Module) -> nnx.Module:
             )
         graphdef, state = nnx.split(node.layer_instance)
         variables = dict(nnx.to_flat_state(state))
-        for path, w in node._normalized(variables, update_stats=False).items():
-            variables[path] = variables[path].replace(w)
+        for path, leaf in node._normalized(variables, update_stats=False).items():
+            variables[path] = variables[path].replace(leaf.scaled)
         return nnx.merge(graphdef, nnx.from_flat_state(list(variables.items())))
 
     return nnx.recursive_map(plain, nnx.clone(model))

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 from jax import Array, lax
 
-from sn_jax import _core, _power
+from sn_jax import _core, _power, _sharding
 from sn_jax._core import Bound, Rules, State
 from sn_jax._views import View, compute_dtype
 
@@ -135,6 +135,18 @@ def _difference(projected, stepped, w, update):
 @partial(jax.jit, static_argnames="view")
 def _project(stepped, w, bound, update_eps, *, view):
     """``stepped`` in the ball, so far that ``w`` plus the rounded difference is; and its norm."""
+    if any(_sharding.split_names(view, w.ndim)):
+        raise ValueError(
+            f"exact=True needs the whole of a kernel of shape {w.shape} on each device, but "
+            f"{view} says that shard_map splits it: use exact=False there, or project outside."
+        )
+    batch = _sharding.types(view, w)[0]
+    run = partial(_exact_factor, view)
+    factor, sigma = _sharding.lift_types(run, w, (batch, batch))(stepped, w, bound, update_eps)
+    return view.scale(stepped, factor), sigma
+
+
+def _exact_factor(view, stepped, w, bound, update_eps):
     dtype = compute_dtype(w.dtype)
     sigma = _explicit_norm(view, stepped.astype(dtype))
     bound = jnp.asarray(bound, dtype)
@@ -149,7 +161,7 @@ def _project(stepped, w, bound, update_eps, *, view):
     slack = bound * (1 + _TOLERANCE) - jnp.sqrt(jnp.sum(jnp.square(rounding), (-2, -1)))
     factor = jnp.clip(slack, 0, bound) / safe
     factor = jnp.where(inside, jnp.ones_like(factor), factor)
-    return view.scale(stepped, jnp.where(jnp.isfinite(sigma), factor, jnp.nan)), sigma
+    return jnp.where(jnp.isfinite(sigma), factor, jnp.nan), sigma
 
 
 def _explicit_norm(view: View, w: Array) -> Array:

@@ -17,8 +17,8 @@ from helpers import count_compilations
 
 import sn_jax
 from experiments.bench import __main__ as bench
+from experiments.bench import comm, plots, scaling, tracking, transform, trees
 from experiments.bench import compile as compile_suite
-from experiments.bench import plots, scaling, tracking, transform, trees
 from experiments.bench.timing import Elsewhere, Row, compare, interleaved
 from experiments.bench.torch_client import torch_client
 from sn_jax import Matrix
@@ -103,8 +103,8 @@ def test_interleaved_takes_turns_and_drops_the_first_round():
 
     calls = {"a": lambda: order.append("a"), "b": Elsewhere(elsewhere)}
     seconds = interleaved(calls, rounds=3)
-    assert order == list("abababab")
-    assert seconds["b"].tolist() == [4.0, 6.0, 8.0]  # its own times, not ours
+    assert order == list("abaabaabaab")  # after b, which leaves the caches cold, a runs twice
+    assert seconds["b"].tolist() == [5.0, 8.0, 11.0]  # its own times, not ours
     assert seconds["a"].shape == (3,)
 
 
@@ -291,3 +291,35 @@ def test_second_call_compiles_nothing(name):
         with count_compilations() as compiled:
             jax.block_until_ready(function(params, state))
         assert not compiled
+
+
+# What programs for several devices send.
+
+
+def test_collectives():
+    program = """
+      %a = f32[4,8]{1,0} all-gather(%x), dimensions={0}
+      ROOT %b = (f32[3]{0}, f32[]) all-reduce-start(%y, %z), to_apply=%add
+      %c = f32[100]{0} add(%all-reduce.1, %d)
+    """
+    assert comm.collectives(program) == [32, 3, 1]
+
+
+def test_comm_at_eight_devices():
+    (rows,) = comm.rows(quick=True)
+    assert {row.case.split(", ")[0] for row in rows} == set(comm.LAYOUTS)
+    assert all(row.ours > 0 for row in rows)
+    assert all(row.met for row in rows if row.target is not None)
+
+
+def test_comm_beyond_what_is_compiled(tmp_path):
+    def law(devices):
+        first, tp = comm.LAYOUTS["FSDP x TP"].mesh_shape(devices)
+        return 100 + 64e3 / first + 16e3 / tp
+
+    rows = comm.fitted("FSDP x TP", "update", [(n, law(n)) for n in comm.DEVICES])
+    assert [row.ours for row in rows] == pytest.approx([law(n) for n in comm.FITTED])
+    assert all("(fitted)" in row.case for row in rows)
+    measured = Row("comm", "FSDP x TP, update, 8 devices", "bytes a device", law(8))
+    plots.save_comm(tmp_path / "comm.png", [measured, *rows], "a device")
+    assert (tmp_path / "comm.png").stat().st_size > 10_000

@@ -251,6 +251,9 @@ def test_scale_invariance(case, k):
         np.testing.assert_allclose(scaled_value, value, rtol=2e-5, atol=1e-6)
         scaled_grad = np.asarray(scaled_grad, np.float64) * scale
         np.testing.assert_allclose(scaled_grad, grad, rtol=2e-3, atol=2e-5)
+    # Where float32 ends: right or NaN, never left as it was.
+    huge = np.asarray(value_and_grad(w * np.float32(1e38))[0])
+    assert np.all(np.isnan(huge) | np.isclose(huge, value, rtol=1e-4, atol=1e-5))
 
 
 @pytest.mark.parametrize(("k", "mode"), [(1, "divide"), (2, "clip")])

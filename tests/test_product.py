@@ -110,20 +110,27 @@ def test_it_equals_the_normalized_kernel(by, options):
 
 
 def kernel_sized(function, shape):
-    """Primitives that write an array of the kernel's shape."""
+    """Primitives that write an array of the kernel's shape that a result depends on."""
     found = []
 
-    def walk(jaxpr):
-        for eqn in jaxpr.eqns:
+    def walk(jaxpr, results):
+        needed = set(map(id, results))
+        for eqn in reversed(jaxpr.eqns):
+            outputs = [id(var) in needed for var in eqn.outvars]
+            if not any(outputs):
+                continue
+            needed |= set(map(id, eqn.invars))
             inner = [getattr(p, "jaxpr", p) for p in eqn.params.values()]
             inner = [p for p in inner if hasattr(p, "eqns")]
             for jaxpr in inner:
-                walk(jaxpr)
+                same = len(jaxpr.outvars) == len(outputs)
+                walk(jaxpr, [v for i, v in enumerate(jaxpr.outvars) if not same or outputs[i]])
             if not inner:
                 found.extend(eqn.primitive.name for var in eqn.outvars if var.aval.shape == shape)
 
-    walk(jax.make_jaxpr(function)(KERNEL, X).jaxpr)
-    return [name for name in found if name not in ("stop_gradient", "copy", "transpose")]
+    jaxpr = jax.make_jaxpr(function)(KERNEL, X).jaxpr
+    walk(jaxpr, jaxpr.outvars)
+    return [name for name in found if name not in ("stop_gradient", "copy", "transpose", "reshape")]
 
 
 @pytest.mark.parametrize("by", [by_linen, by_nnx])
@@ -136,7 +143,7 @@ def test_it_writes_no_kernel_forward_and_one_backward(by):
     # Where it does not pay (many more rows than inputs) or is not the same, the kernel is scaled.
     many = lambda k, x: apply(k, jnp.tile(x, (5, 1, 1)))  # noqa: E731
     assert "mul" in kernel_sized(many, KERNEL.shape)
-    half = lambda k, x: apply(k, x.astype(jnp.bfloat16))  # noqa: E731
+    half = lambda k, x: apply(k.astype(jnp.bfloat16), x)  # noqa: E731
     assert "mul" in kernel_sized(half, KERNEL.shape)
 
 
@@ -148,3 +155,50 @@ def test_zero_and_non_finite_kernels(by):
     assert np.all(np.isfinite(grad))
     assert np.any(grad)
     assert np.isnan(apply(KERNEL * np.nan, X)[0]).all()
+
+
+def attention_by_linen(kernels, x):
+    layer = nn.MultiHeadDotProductAttention(2)
+    variables = sn_jax.linen.SpectralNorm(layer).init(KEY, x)
+    params = {"layer_instance": with_kernels(variables["params"]["layer_instance"], kernels)}
+    wrapped = sn_jax.linen.SpectralNorm(layer)
+    return wrapped.apply({**variables, "params": params}, x, mutable=["batch_stats"])[0]
+
+
+def attention_by_nnx(kernels, x):
+    layer = nnx.MultiHeadAttention(2, 6, decode=False, rngs=nnx.Rngs(0))
+    state = nnx.state(layer)
+    nnx.update(layer, with_kernels(nnx.to_pure_dict(state), kernels))
+    return sn_jax.nnx.SpectralNorm(layer, rngs=nnx.Rngs(0))(x)
+
+
+def with_kernels(params, kernels):
+    return {
+        name: {**leaves, "kernel": kernels[name].reshape(leaves["kernel"].shape)}
+        for name, leaves in params.items()
+    }
+
+
+@pytest.mark.parametrize("attention", [attention_by_linen, attention_by_nnx])
+def test_projections_of_attention_scale_their_products(attention):
+    rng = np.random.default_rng(2)
+    kernels = {
+        name: rng.standard_normal((6, 6)).astype(np.float32)
+        for name in ("query", "key", "value", "out")
+    }
+    # Tokens many times over give the same outputs; of so many, kernels are scaled.
+    many = np.tile(X, (1, 10, 1))
+    assert kernel_sized(lambda _, x: attention(kernels, x), (6, 2, 3)) == []
+    assert "mul" in kernel_sized(
+        lambda _, x: attention(kernels, jnp.tile(x, (1, 10, 1))), (6, 2, 3)
+    )
+
+    @jax.jit
+    @jax.value_and_grad
+    def loss(kernels, x):
+        return jnp.mean(jnp.sin(attention(kernels, x)))
+
+    (value, grads), (expected, expected_grads) = loss(kernels, X), loss(kernels, many)
+    np.testing.assert_allclose(value, expected, rtol=1e-5)
+    for name in kernels:
+        np.testing.assert_allclose(grads[name], expected_grads[name], rtol=1e-3, atol=1e-5)

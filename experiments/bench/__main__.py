@@ -11,8 +11,10 @@ import jax
 from tqdm import tqdm
 
 from experiments.bench import (
+    comm,
     compile,
     conv,
+    gan,
     memory,
     norms,
     scaling,
@@ -20,11 +22,13 @@ from experiments.bench import (
     tracking,
     transform,
 )
-from experiments.bench.plots import save_ratios, save_scaling
+from experiments.bench.plots import save_comm, save_ratios, save_scaling
 from experiments.bench.timing import Row
 from experiments.cli import UserError, aligned, commit, parse, versions, write_text
 
-Suite = Literal["transform", "step", "compile", "tracking", "memory", "conv", "scaling", "norms"]
+Suite = Literal[
+    "transform", "step", "compile", "tracking", "memory", "conv", "scaling", "norms", "comm", "gan"
+]
 SUITES = {
     "transform": transform.rows,
     "step": step.rows,
@@ -34,7 +38,11 @@ SUITES = {
     "conv": conv.rows,
     "scaling": scaling.rows,
     "norms": norms.rows,
+    "comm": comm.rows,
+    "gan": gan.rows,
 }
+# Suites that have curves of their own, beside the picture of the ratios.
+CURVES = {"scaling": save_scaling, "comm": save_comm}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,7 +60,7 @@ class Config:
     json: Path | None = None
     """Also write the rows to this file."""
     picture: Path = Path("runs/bench.png")
-    """Where the picture of the ratios goes; that of the suite "scaling" goes beside it."""
+    """Where the picture of the ratios goes; those of "scaling" and "comm" go beside it."""
     progress: bool = True
     """Show a progress bar."""
 
@@ -63,16 +71,17 @@ def main(args: list[str] | None = None) -> int:
         config = parse(
             Config, "python -m experiments.bench", sys.argv[1:] if args is None else args
         )
-        curves = config.picture.with_stem(f"{config.picture.stem}-scaling")
         for path in filter(None, (config.json, config.picture)):
             _check_writable(path)
         rows = measure(config)
         print(table(rows))
         save_ratios(config.picture, rows, device())
         print(f"\npicture  {config.picture}")
-        if any(row.suite == "scaling" for row in rows):
-            save_scaling(curves, rows, device())
-            print(f"picture  {curves}")
+        for suite, save in CURVES.items():
+            if any(row.suite == suite for row in rows):
+                curves = config.picture.with_stem(f"{config.picture.stem}-{suite}")
+                save(curves, rows, device())
+                print(f"picture  {curves}")
         if config.json:
             write_text(config.json, json.dumps(as_json(rows), indent=2, allow_nan=False))
             print(f"rows     {config.json}")

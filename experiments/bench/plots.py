@@ -38,7 +38,7 @@ def save_ratios(path: Path, rows: list[Row], device: str) -> None:
     ticks = np.arange(
         np.floor(min(-1, np.log2(spread).min())), np.ceil(max(1, np.log2(spread).max())) + 1
     )
-    axes.set_xticks(ticks, [f"{2.0**tick:g}" for tick in ticks])
+    axes.set_xticks(ticks, [f"1/{2**-tick:g}" if tick < 0 else f"{2**tick:g}" for tick in ticks])
     names = [f"{row.suite}: {row.case}\n{row.metric} vs {row.peer_name}" for row in rows]
     axes.set_yticks(places, names, fontsize=7)
     axes.set(title=f"Time or size of sn_jax / that of the peer ({device})",
@@ -74,4 +74,35 @@ def save_scaling(path: Path, rows: list[Row], device: str) -> None:
         axes.set(xlabel=label, ylabel="milliseconds")
         axes.grid(alpha=0.3)
     figure.suptitle(f"Cost of an update of u, v and sigma ({device})")
+    figure.savefig(path, dpi=150)
+
+
+def save_comm(path: Path, rows: list[Row], device: str) -> None:
+    """Bytes sent by a device against the number of devices; hollow where they are fitted.
+
+    Args:
+      path: of the PNG file.
+      rows: of the suite "comm"; others are left out.
+      device: for the title.
+    """
+    curves: dict[str, list[tuple[int, float, bool]]] = {}
+    for row in rows:
+        if (row.suite, row.metric) == ("comm", "bytes a device") and ", update, " in row.case:
+            layout, _, devices = row.case.split(", ")
+            curves.setdefault(layout, []).append(
+                (int(devices.split()[0]), row.ours, devices.endswith("(fitted)"))
+            )
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.subplots()
+    for layout, points in curves.items():
+        x, y, is_fitted = (np.array(column) for column in zip(*points, strict=True))
+        (line,) = axes.loglog(x[~is_fitted], y[~is_fitted], "o-", label=layout)
+        axes.loglog(x[is_fitted], y[is_fitted], "o--", mfc="none", color=line.get_color())
+    axes.set(title=f"One update of sigma (programs compiled on {device}; hollow: fitted)",
+             xlabel="devices", ylabel="bytes a device sends for one kernel")  # fmt: skip
+    ticks = sorted({x for points in curves.values() for x, *_ in points})
+    axes.set_xticks(ticks, [str(n) for n in ticks])
+    axes.minorticks_off()
+    axes.legend()
+    axes.grid(alpha=0.3)
     figure.savefig(path, dpi=150)

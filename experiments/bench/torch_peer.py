@@ -6,6 +6,7 @@
   torch.nn.utils.spectral_norm, "parametrization" is torch.nn.utils.parametrizations.
 * ``("forward", api)``, ``("forward + backward", api)`` -> seconds of one step.
 * ``("results", api)`` -> arrays of the last step: normalized, then gradients if it had them.
+* ``("gan", name, ...)`` -> None: a ``torch_gan.Trainer``; ``("train", name, n)`` -> seconds.
 
 The first message, unasked, is torch's version.
 """
@@ -43,6 +44,13 @@ def server(device: str) -> None:
             answer(None)
         elif kind == "results":
             answer(models[api].results())
+        elif kind == "gan":
+            import torch_gan  # beside this file
+
+            models[api] = torch_gan.Trainer(torch, device, *arguments)
+            answer(None)
+        elif kind == "train":
+            answer(models[api].seconds(*arguments))
         else:
             answer(models[api].step(gradients=kind != "forward"))
 

@@ -1,6 +1,6 @@
 """How closely sigma follows moving weights, and what an update, a start and a calibration cost."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from itertools import pairwise
 
@@ -21,20 +21,23 @@ KEY = jax.random.key(0)
 
 def rows(quick: bool) -> Iterator[list[Row]]:
     """Drifting Gaussians by size, then a recorded training."""
-    for size in (256,) if quick else (512, 2048):
-        yield from _drift(size, steps=30 if quick else 50, large=size >= 2048)
+    for size, walks in {256: 1}.items() if quick else {512: 8, 2048: 3}.items():
+        yield from _drift(size, walks, steps=30 if quick else 50, large=size >= 2048)
     yield training(200 if quick else 600)
 
 
-def _drift(size: int, steps: int, large: bool) -> Iterator[list[Row]]:
-    case = f"{size}x{size}, {DRIFT:.0%} drift"
-    params = {"kernel": gaussian(size)}
-    errors, updates = {}, {}
-    for k in (1, 4):
-        path = ({"kernel": w} for w in walk(params["kernel"], BURN_IN + steps))
-        errors[k] = np.mean(relative_errors(path, k)["kernel"][BURN_IN:])
-        updates[f"n_vectors={k}"] = Updates(params, k)
+def _drift(size: int, walks: int, steps: int, large: bool) -> Iterator[list[Row]]:
+    # Of several walks: what one vector loses depends on how often the two largest singular values
+    # come close, and the ratio in one walk can be anything from 0.05 to 1.
+    case, found = f"{size}x{size}, {DRIFT:.0%} drift", []
+    for seed in range(walks):
+        path = ({"kernel": w} for w in walk(gaussian(size, seed), BURN_IN + steps, seed))
+        found.append(relative_errors(path, (1, 4)))
+    errors = {k: np.mean([walk[k]["kernel"][BURN_IN:] for walk in found]) for k in (1, 4)}
     yield [error_row(case, errors, 4, target=1 / 8)]
+
+    params = {"kernel": gaussian(size)}
+    updates = {f"n_vectors={k}": Updates(params, k) for k in (1, 4)}
 
     target = 1.2 if jax.default_backend() == "gpu" else 1.6
     seconds = interleaved(updates, rounds=20)
@@ -58,20 +61,21 @@ def _drift(size: int, steps: int, large: bool) -> Iterator[list[Row]]:
     ]  # fmt: skip
 
 
-def gaussian(size: int) -> jax.Array:
+def gaussian(size: int, seed: int = 0) -> jax.Array:
     """A square Gaussian matrix with a norm near 2."""
-    noise = np.random.default_rng(0).standard_normal((size, size), np.float32)
+    noise = np.random.default_rng([seed, 0]).standard_normal((size, size), np.float32)
     return jnp.asarray(noise / np.sqrt(np.float32(size)))
 
 
-def walk(w: jax.Array, steps: int) -> Iterator[jax.Array]:
+def walk(w: jax.Array, steps: int, seed: int = 0) -> Iterator[jax.Array]:
     """A random walk: each step is Gaussian, and DRIFT times as long as the weights.
 
     Args:
       w: start, which is not given.
       steps: how many are.
+      seed: of the steps.
     """
-    rng = np.random.default_rng(1)
+    rng = np.random.default_rng([seed, 1])
     for _ in range(steps):
         noise = rng.standard_normal(w.shape, np.float32)
         w = w + noise * (DRIFT * jnp.linalg.norm(w) / np.linalg.norm(noise))
@@ -94,20 +98,26 @@ def _update(params, state):
     return sn_jax.spectral_normalize(params, state)[1]
 
 
-def relative_errors(path: Iterable[dict[str, jax.Array]], n_vectors: int) -> dict[str, list[float]]:
-    """1 - sigma / norm of every 2-D kernel, at every step of one update each.
+def relative_errors(
+    path: Iterable[dict[str, jax.Array]], n_vectors: Sequence[int]
+) -> dict[int, dict[str, list[float]]]:
+    """|1 - sigma / norm| of every 2-D kernel, at every step of one update each.
 
     Args:
-      path: parameters, step by step; the state is made for the first ones.
-      n_vectors: of the state.
+      path: parameters, step by step; states are made for the first ones.
+      n_vectors: of the states.
+
+    Returns:
+      Number of vectors -> name of the kernel -> errors.
     """
-    state, errors = None, {}
+    states, errors = {}, {k: {} for k in n_vectors}
     for params in path:
-        state = _update(params, state or sn_jax.init(params, KEY, n_vectors=n_vectors))
-        for name, singular in state.items():
-            errors.setdefault(name, []).append(
-                abs(1 - float(singular.sigma) / true_norm(np.asarray(params[name], np.float64)))
-            )
+        norms = {name: true_norm(np.asarray(w, np.float64)) for name, w in params.items()}
+        for k in n_vectors:
+            states[k] = _update(params, states.get(k) or sn_jax.init(params, KEY, n_vectors=k))
+            for name, singular in states[k].items():
+                error = abs(1 - float(singular.sigma) / norms[name])
+                errors[k].setdefault(name, []).append(error)
     return errors
 
 
@@ -140,11 +150,11 @@ def training(steps: int) -> list[Row]:
     Args:
       steps: of Adam.
     """
-    recorded = record(steps)
-    errors = {}
-    for k in (1, 2, 4):
-        found = relative_errors(recorded, k)
-        errors[k] = float(np.mean([values[BURN_IN:] for values in found.values()]))
+    found = relative_errors(record(steps), (1, 2, 4))
+    errors = {
+        k: float(np.mean([values[BURN_IN:] for values in kernels.values()]))
+        for k, kernels in found.items()
+    }
     return [
         error_row(f"{steps} steps on the digits", errors, k, target)
         for k, target in [(2, None), (4, 1 / 8)]

@@ -4,6 +4,7 @@ import dataclasses
 import shlex
 import sys
 
+from experiments import processes
 from experiments.cli import UserError, parse
 from experiments.gan import fid
 from experiments.gan.loop import Paused
@@ -18,14 +19,21 @@ def main(args: list[str] | None = None) -> int:
     again = shlex.join(["python", "-m", "experiments.gan", *args, *resume])
     try:
         config = options(args)
+        processes.start()
+        processes.agree(config.identity() | {"mesh": config.mesh, "out": str(config.out)})
         # Before a folder is made: what is wrong with them leaves none.
         fid.check(config, real_images(config).train)
-        summary = open_folder(config) or run(config)
-        print(report(config, summary))
+        # One opens it, and the others find it opened.
+        summary = open_folder(config) if processes.is_first() else None
+        if not processes.anywhere(summary is not None):
+            summary = run(config)
+        if processes.is_first():
+            print(report(config, summary))
         return 0
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        if processes.is_first():
+            print(f"error: {error}", file=sys.stderr)
+        return processes.leave(2)
     except Paused as pause:
         print(f"Paused: {pause}; continue with: {again}")
         return 0

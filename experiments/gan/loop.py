@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import shutil
 import signal
 import threading
@@ -12,14 +13,15 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from jax import Array
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
+from experiments import processes
 from experiments.cli import UserError, write_text
+from experiments.gan.place import Place
 from experiments.gan.train import Config, Data, State, Training, make_training
 
 # A look at the run where a checkpoint was saved or restored; returns scalars for TensorBoard.
@@ -68,45 +70,57 @@ def train(
     """
     start = time.perf_counter()
     training = make_training(config, data.images.shape[1:], n_classes)
-    data = jax.tree.map(jnp.asarray, data)
+    place = Place(config)
+    data = place.data(data)
     # On a CPU, where XLA's convolutions are many times slower inside a compiled loop, every
     # update is a dispatch; on an accelerator all the steps up to the next thing to write are one.
     many = jax.default_backend() != "cpu"
 
     with _deferred_interrupt() as interrupt:
         if _saved_steps(config.out):
-            state = _restore(config, training)
+            state = _restore(config, training, place)
         else:
-            state = training.init(jax.random.key(config.seed))
+            state = place.state(training.init(jax.random.key(config.seed)))
         step = int(state.step)
-        rows = _keep_rows(config.out, step)
+        rows = _keep_rows(config.out, step) if processes.is_first() else []
         seconds = rows[-1]["seconds"] if rows else 0.0
         row_step, row_time = step, time.perf_counter()
-        bar = tqdm(initial=step, total=config.steps, unit="step", disable=not config.progress)
+        silent = not (config.progress and processes.is_first())
+        bar = tqdm(initial=step, total=config.steps, unit="step", disable=silent)
         bar.set_postfix_str("compiling")
         # TensorBoard drops what an earlier process wrote from this step on: it comes again.
+        rows_file, events_folder = config.out / "metrics.jsonl", str(config.out)
+        if not processes.is_first():  # what they write goes nowhere
+            rows_file, events_folder = Path(os.devnull), None
         events = SummaryWriter(
-            str(config.out), purge_step=step + 1 if step else None, filename_suffix=f".{step}"
+            events_folder,
+            purge_step=step + 1 if step else None,
+            filename_suffix=f".{step}",
+            write_to_disk=processes.is_first(),
         )
-        with (config.out / "metrics.jsonl").open("a") as metrics, events, bar:
+        with rows_file.open("a") as metrics, events, bar:
             on_disk = step > 0  # there is a checkpoint of this very state
             while step < config.steps:
                 if at_checkpoint and on_disk:
                     looked = time.perf_counter()
-                    for tag, value in at_checkpoint(training, state).items():
+                    local = place.host(state)
+                    values = at_checkpoint(training, local) if processes.is_first() else {}
+                    for tag, value in values.items():
                         events.add_scalar(tag, value, step)
                     row_time += time.perf_counter() - looked  # no time of the training
                 row_at = _next_multiple(step, config.log_every)
                 save_at = _next_multiple(step, config.checkpoint_every)
                 stop = min(row_at, save_at, config.steps) if many else step + 1
-                if many:
-                    state, losses = training.steps(state, data, stop - step)
-                else:
-                    state, losses = training.step(state, data)
+                with place.on_mesh():
+                    if many:
+                        state, losses = training.steps(state, data, stop - step)
+                    else:
+                        state, losses = training.step(state, data)
+                state = place.state(state)
                 bar.update(stop - step)
                 step = stop
                 if step in (row_at, config.steps):
-                    row = {"step": step} | _measure(config, training, state, losses)
+                    row = {"step": step} | _measure(config, training, place, state, losses)
                     now = time.perf_counter()
                     seconds += now - row_time
                     speed = (step - row_step) / (now - row_time)
@@ -119,16 +133,21 @@ def train(
                         events.add_scalar(tag, value, step)
                     events.flush()
                     bar.set_postfix_str(_postfix(row))
-                late = config.minutes and time.perf_counter() - start > 60 * config.minutes
-                on_disk = step in (save_at, config.steps) or interrupt.is_set() or late
+                late = bool(config.minutes) and time.perf_counter() - start > 60 * config.minutes
+                stopped = interrupt.is_set()
+                if jax.process_count() > 1:  # all or none, so not asked at every step
+                    asked = step in (row_at, config.steps)
+                    stopped, late = (asked and processes.anywhere(x) for x in (stopped, late))
+                on_disk = step in (save_at, config.steps) or stopped or late
                 if on_disk:
-                    _require_finite(config, step, state)
+                    _require_finite(config, step, place.host(state))
                     _save(config.out, state)
                 saved = f"step {step} of {config.steps} is saved"
-                if interrupt.is_set():
+                if stopped:
                     raise KeyboardInterrupt(saved)
                 if late and step < config.steps:
                     raise Paused(saved)
+        state = state if place.mesh is None else place.host(state)
     return training, state
 
 
@@ -174,14 +193,14 @@ def _require_finite(config: Config, step: int, tree: Any) -> None:
 
 
 def _measure(
-    config: Config, training: Training, state: State, losses: dict[str, Array]
+    config: Config, training: Training, place: Place, state: State, losses: dict[str, Array]
 ) -> dict[str, Any]:
     """The losses, and for every layer the two norms of the paper's fig. 9.
 
     ``sigma_hat`` is the method's estimate of the raw kernel's norm; ``sigma_bar`` the true norm
     of the kernel that the network runs with, by SVD.
     """
-    losses, (estimates, kernels) = jax.device_get((losses, training.spectra(state)))
+    losses, (estimates, kernels) = place.host((losses, training.spectra(state)))
     _require_finite(config, int(state.step), (losses, kernels))
     matrices = {path: w.reshape(-1, w.shape[-1]) for path, w in kernels.items()}
     return {name: float(loss) for name, loss in losses.items()} | {
@@ -240,13 +259,18 @@ def _save(out: Path, state: State) -> None:
     """Write a checkpoint that is there as a whole or not at all; keep it and the one before."""
     folder = _folder(out, int(state.step))
     partial = folder.with_name(".partial")
-    shutil.rmtree(partial, ignore_errors=True)  # what a kill has left
+    if processes.is_first():
+        shutil.rmtree(partial, ignore_errors=True)  # what a kill has left
+    processes.wait("cleared")
     with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
         checkpointer.save(partial / "state", args=ocp.args.StandardSave(state))
-    write_text(partial / "checksums.json", json.dumps(_checksums(partial), indent=2))
-    partial.rename(folder)
-    for step in _saved_steps(out)[:-2]:
-        shutil.rmtree(_folder(out, step))
+    processes.wait("written")
+    if processes.is_first():
+        write_text(partial / "checksums.json", json.dumps(_checksums(partial), indent=2))
+        partial.rename(folder)
+        for step in _saved_steps(out)[:-2]:
+            shutil.rmtree(_folder(out, step))
+    processes.wait("saved")
 
 
 def _checksums(folder: Path) -> dict[str, str]:
@@ -254,8 +278,8 @@ def _checksums(folder: Path) -> dict[str, str]:
     return {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
 
 
-def _restore(config: Config, training: Training) -> State:
-    """The last checkpoint."""
+def _restore(config: Config, training: Training, place: Place) -> State:
+    """The last checkpoint, laid out as this run is, however it was when it was written."""
     *before, step = _saved_steps(config.out)
     if step > config.steps:
         raise UserError(

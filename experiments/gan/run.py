@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from experiments import processes
 from experiments.cli import UserError, commit, versions, write_text
 from experiments.data import load
 from experiments.gan import evaluate, fid, plots
@@ -111,7 +112,7 @@ def _judge(
 
 
 def run(config: Config) -> dict[str, Any]:
-    """Train, measure, draw; returns what summary.json says.
+    """Train, measure, draw; returns what summary.json says, in the first of several processes.
 
     Raises:
       UserError, Diverged, Paused, KeyboardInterrupt: as ``loop.train``.
@@ -120,7 +121,7 @@ def run(config: Config) -> dict[str, Any]:
     real = real_images(config)
     device = jax.devices()[0]
     note = f", {real.note}" if real.note else ""
-    if config.progress:
+    if config.progress and processes.is_first():
         print(
             f"Training on {len(real.train.images)} images of {config.dataset}{note}, "
             f"{device.device_kind}"
@@ -128,6 +129,8 @@ def run(config: Config) -> dict[str, Any]:
     measure_fid = partial(fid.measure, config, real.train, real.n_classes)
     training, state = train(config, real.train, real.n_classes, measure_fid)
     trained = time.perf_counter()
+    if not processes.is_first():
+        return {}
 
     samples = evaluate.generated(training, state, evaluate.N_SAMPLES, real.n_classes)
     fake = np.concatenate(list(samples))

@@ -16,6 +16,7 @@ import numpy as np
 import optax
 from flax.traverse_util import flatten_dict
 from jax import Array, lax
+from jax.sharding import PartitionSpec as P
 
 import sn_jax.linen
 from experiments.gan.methods import METHODS, Batch
@@ -109,14 +110,18 @@ class Config:
     """Sample from an average of the generator's weights with this decay, such as .9999."""
     flip: bool = False
     """Mirror every real image with probability 1/2."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """What the networks compute in; weights, losses and norms are float32."""
+    dtype: Literal["float32", "bfloat16", "float64"] = "float32"
+    """What the networks compute in; weights, losses and norms are float32, or all float64
+    (with JAX_ENABLE_X64=1)."""
     fid: tuple[str, ...] = ()
     """Measure FID at the end, of so many images. paper: 10000 real and 5000 generated ones;
     common: 50000 and 50000; or numbers such as 256/256. On a CPU core an image takes an eighth
     of a second."""
     fid_every: int | None = None
     """Measure the first of these FIDs also at steps that are multiples of this."""
+    mesh: str | None = None
+    """Devices to spread over: data=4,model=2 splits every batch in four and the channels of the
+    kernels in two. By default one device, or all processes' devices along data."""
     seed: int = 0
     """Everything random follows from it: two runs with one seed are the same run."""
     log_every: int = 50
@@ -248,14 +253,22 @@ LOSSES = {
 }
 
 
+def spread(batch: Any) -> Any:
+    """A batch's examples, split over the mesh axis "data" if a mesh is set."""
+    if jax.sharding.get_abstract_mesh().empty:
+        return batch
+    return jax.tree.map(lambda x: lax.with_sharding_constraint(x, P("data")), batch)
+
+
 # --- State and step -------------------------------------------------------------------------
 
 
 class Data(NamedTuple):
-    """The real images, on the device."""
+    """The real images, on the device or spread over a mesh."""
 
     images: Array  # uint8, (n, size, size, channels)
     labels: Array  # int32, (n,)
+    n: Array | None = None  # where images fill up the last device: those before are real
 
 
 class State(NamedTuple):
@@ -302,9 +315,9 @@ class Training(NamedTuple):
     """The discriminator's estimates of sigma(W), and its normalized kernels, by path."""
 
 
-def scaled(images: Array) -> Array:
-    """From uint8 to float32 in [-1, 1], the generator's range."""
-    return images.astype(jnp.float32) / 127.5 - 1
+def scaled(images: Array, dtype=jnp.float32) -> Array:
+    """From uint8 to [-1, 1], the generator's range."""
+    return images.astype(dtype) / 127.5 - 1
 
 
 def make_training(
@@ -389,6 +402,7 @@ def compiled(program: Program) -> _Functions:
     """The functions of all runs whose programs are equal."""
     size, _, channels = program.image_shape
     method, loss = METHODS[program.method], LOSSES[program.loss]
+    floats = jnp.promote_types(program.dtype, jnp.float32)  # of all but the networks' insides
     networks = ARCHITECTURES[program.architecture]
     shared = {
         "width": program.width,
@@ -403,8 +417,9 @@ def compiled(program: Program) -> _Functions:
     def generate(params, stats, key, n):
         """A training batch of images and their labels, and the batch statistics left behind."""
         z_key, label_key = jax.random.split(key)
-        z = jax.random.normal(z_key, (n, LATENT), jnp.float32)
+        z = jax.random.normal(z_key, (n, LATENT), floats)
         labels = jax.random.randint(label_key, (n,), 0, program.n_classes)
+        z, labels = spread((z, labels))
         variables = {"params": params, "batch_stats": stats}
         images, updates = generator.apply(variables, z, labels, train=True, mutable=["batch_stats"])
         return images, labels, updates["batch_stats"]
@@ -434,6 +449,9 @@ def compiled(program: Program) -> _Functions:
         d_method = method.init(d_params, method_key, views)
         d_params, d_method = method.project(d_params, d_method, hyper.strength)
         g_params, g_stats = g_variables["params"], g_variables["batch_stats"]
+        g_params, g_stats, d_params, d_method = optax.tree.cast(
+            (g_params, g_stats, d_params, d_method), floats
+        )
         return State(
             step=jnp.zeros((), jnp.int32),
             key=jax.random.key_data(key),
@@ -457,8 +475,9 @@ def compiled(program: Program) -> _Functions:
         data_key, flip_key, fake_key, penalty_key = jax.random.split(step_key(state, i + 1), 4)
         # The one update of u per discriminator step, from the weights alone, outside the loss.
         d_method = method.update(state.d_params, state.d_method)
-        rows = jax.random.randint(data_key, (program.batch_size,), 0, len(data.images))
-        real, labels = scaled(data.images[rows]), data.labels[rows]
+        n = len(data.images) if data.n is None else data.n
+        rows = jax.random.randint(data_key, (program.batch_size,), 0, n)
+        real, labels = spread((scaled(data.images[rows], floats), data.labels[rows]))
         if program.flip:
             mirrored = jax.random.bernoulli(flip_key, shape=(len(real), 1, 1, 1))
             real = jnp.where(mirrored, real[:, :, ::-1], real)
