@@ -297,10 +297,11 @@ def _restore(config: Config, training: Training, place: Place) -> State:
     for name, checksum in recorded.items():
         if present.get(name) != checksum:
             raise UserError(f"{folder / name} is damaged: {remedy}.")
-    place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    shapes = training.shapes(jax.random.key(config.seed))
     structure = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
-        training.shapes(jax.random.key(config.seed)),
+        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+        shapes,
+        place.shardings(shapes),
     )
     try:
         with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:

@@ -137,11 +137,12 @@ def _source(name: str, split: str, images: np.ndarray) -> str:
 
 def report(result: dict[str, Any]) -> str:
     """The table."""
-    subsets = f"x 1000, subsets of {result['kid_subset_size']}"
-    kid, std = (1000 * result[name] for name in ("kid", "kid_std"))
+    kid, std, size = 1000 * result["kid"], 1000 * result["kid_std"], result["kid_subset_size"]
+    # A subset that is everything has no spread to speak of.
+    spread = f"± {std:.2f}, " if size < max(result["n_real"], result["n_fake"]) else ""
     rows = [
         ["FID", f"{result['fid']:.2f}", ""],
-        ["KID", f"{kid:.2f}", f"± {std:.2f}, {subsets}"],
+        ["KID", f"{kid:.2f}", f"{spread}x 1000, subsets of {size}"],
         ["precision", f"{result['precision']:.3f}", "3 neighbours"],
         ["recall", f"{result['recall']:.3f}", "3 neighbours"],
         ["n_real", result["n_real"], f"of {result['real']}"],
