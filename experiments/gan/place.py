@@ -44,11 +44,11 @@ class Place:
             return jax.tree.map(lambda _: device, state)
         split = {rank: P(*[None] * (rank - 1), "model") for rank in (2, 4)}
         rules = {}
-        for params in (state.g_params, state.d_params):
+        for network, params in (("g", state.g_params), ("d", state.d_params)):
             for path, leaf in jax.tree_util.tree_leaves_with_path(params):
                 if leaf.ndim in split and leaf.shape[-1] >= self.width:
                     name = jax.tree_util.keystr(path, simple=True, separator="/")
-                    rules[f".*/{re.escape(name)}"] = split[leaf.ndim]
+                    rules[rf"{network}_\w+/(.*/)?{re.escape(name)}"] = split[leaf.ndim]
         return layout(state, rules, self.mesh)
 
     def state(self, state: State) -> State:
