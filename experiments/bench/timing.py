@@ -55,24 +55,24 @@ def interleaved(
 ) -> dict[str, np.ndarray]:
     """Seconds of each call in each round, A B A B ..., after one round that is not counted.
 
-    After a call elsewhere the next one here is made twice, the second time timed: the other
-    process has emptied the caches, and would hurt whoever comes next in every round.
+    After a call elsewhere the last one made here is made again, untimed: the other process has
+    emptied the caches, and whoever comes next shall find them as in every other turn.
 
     Args:
       calls: name -> what to time, until its result is there.
       rounds: of all of them.
     """
     seconds: dict[str, list[float]] = {name: [] for name in calls}
-    cold = False
+    here, cold = None, False
     for _ in range(rounds + 1):
         for name, call in calls.items():
             if isinstance(call, Elsewhere):
                 seconds[name].append(call.call())
                 cold = True
                 continue
-            if cold:
-                jax.block_until_ready(call())
-                cold = False
+            if cold and here:
+                jax.block_until_ready(here())
+            here, cold = call, False
             start = time.perf_counter()
             jax.block_until_ready(call())
             seconds[name].append(time.perf_counter() - start)
