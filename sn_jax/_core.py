@@ -2,7 +2,6 @@
 
 import difflib
 import math
-import operator
 import re
 import zlib
 from collections.abc import Callable, Mapping
@@ -155,11 +154,12 @@ def spectral_normalize(
       [[0.5 0. ]
        [0.  1. ]]
     """
+    n_steps = _power.as_steps(n_steps)
     leaves = normalized_leaves(
         params, state, n_steps=n_steps, bound=bound, mode=mode, gradient=gradient
     )
     changed = {path: leaf.scaled for path, leaf in leaves.items()}
-    if isinstance(n_steps, jax.Array) or operator.index(n_steps) > 0:
+    if isinstance(n_steps, jax.Array) or n_steps > 0:
         state = {path: leaf.singular for path, leaf in leaves.items()}
     return with_leaves(params, changed), state
 
@@ -181,12 +181,11 @@ class Leaf(NamedTuple):
 
 
 def normalized_leaves(params: Params, state: State, *, n_steps, bound, mode, gradient):
-    """Path -> Leaf, as ``spectral_normalize`` says."""
+    """Path -> Leaf, as ``spectral_normalize`` says, after ``n_steps`` that are an int or traced."""
     if mode not in ("divide", "clip"):
         raise ValueError(f'mode must be "divide" or "clip"; got {mode!r}.')
     if gradient not in ("through", "stop"):
         raise ValueError(f'gradient must be "through" or "stop"; got {gradient!r}.')
-    n_steps = _power.as_steps(n_steps)
     static = n_steps if isinstance(n_steps, int) else None
     weights = weights_of(params, state)
     bounds = bounds_by_path(bound, state)

@@ -145,8 +145,8 @@ def iterate(
 
     def step(_, uvz):
         u, v, z = uvz
-        v = vectors.orthonormal(z, v)
-        u = vectors.orthonormal(vectors.apply(vectors.frozen, v), u)
+        v, _ = vectors.orthonormal(z, v)
+        u, _ = vectors.orthonormal(vectors.apply(vectors.frozen, v), u)
         return u, v, adjoint(u)
 
     start = vectors.squeezed(u)
@@ -226,29 +226,28 @@ class _Vectors:
         transpose = jax.linear_transpose(partial(self.apply, self.frozen), self.like)
         return lambda u: transpose(u)[0]
 
-    def orthonormal(self, z: Array, fallback: Array) -> Array:
-        """Orthonormal rows spanning z's; rows that depend on the others become zero.
+    def orthonormal(self, z: Array, fallback: Array) -> tuple[Array, Array]:
+        """Orthonormal rows spanning z's, whose lengths come second; dependent rows become zero.
 
         From the eigenvectors of the k x k Gram matrix of unit rows: the one product is a k^2
         reduction, where QR of a sharded array would gather all of it.
         """
-        z = unit(z, fallback, self.lead)
+        z, lengths = _unit_and_length(z, fallback, self.lead)
         if self.single:
-            return z
+            return z, lengths
         eigenvalues, q = jnp.linalg.eigh(_gram(z, self.batch_ndim), symmetrize_input=False)
         kept = eigenvalues > jnp.sqrt(jnp.finfo(z.dtype).eps)
         weights = jnp.where(kept, lax.rsqrt(jnp.where(kept, eigenvalues, 1.0)), 0.0)
-        return _combine(q * jnp.expand_dims(weights, -2), z, self.batch_ndim)
+        return _combine(q * jnp.expand_dims(weights, -2), z, self.batch_ndim), lengths
 
     def finish(self, u: Array, v: Array, z: Array) -> PowerResult:
         """The last half step, given z = A^T u: v from z, then u and sigma from one read of w."""
-        v_old, v = v, self.orthonormal(z, v)
+        v_old, (v, z_length) = v, self.orthonormal(z, v)
         y = self.apply(self.w, v)
         if not self.single:
             v, y = self._rotated(v, y, v_old)
         u, length = _unit_and_length(lax.stop_gradient(y), u, self.lead)
         # NaN also where z was too long and v is still the old one.
-        _, z_length = _unit_and_length(z, v_old, self.lead)
         length = self.leading(length) + 0 * self.leading(z_length)
         along = _inner(self.leading(u), self.leading(y), self.batch_ndim)
         return PowerResult(with_value(along, length), u, v)
