@@ -7,6 +7,8 @@ import os
 import platform
 import re
 import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -41,6 +43,37 @@ def parse(config: type[T], prog: str, args: list[str], default: T | None = None)
         texts = [text.strip() for text in re.split("[─╰╯-]{3,}", " ".join(rows))]
         message = next(filter(None, texts), "an option is wrong")
         raise UserError(f"{message} (see --help)") from None
+
+
+def run_in_folder(
+    config: type[T], prog: str, args: list[str] | None, run: Callable[[T], int], interrupted: str
+) -> int:
+    """A command with an output folder, ``config.out``, which is made first.
+
+    Args:
+      config, prog, args: for ``parse``; ``args`` are the process's own if None.
+      run: from the options to the exit code.
+      interrupted: what Ctrl-C leaves behind, for the user.
+
+    Returns:
+      The exit code: that of ``run``; 2 for what the user can put right; 130 after Ctrl-C.
+    """
+    try:
+        options = parse(config, prog, sys.argv[1:] if args is None else args)
+        try:
+            options.out.mkdir(parents=True, exist_ok=True)
+            return run(options)
+        except OSError as error:
+            raise UserError(
+                f"{options.out} cannot be used ({error.strerror}): give a folder that can be "
+                "written by --out."
+            ) from error
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"Interrupted: {interrupted}", file=sys.stderr)
+        return 130
 
 
 def versions() -> dict[str, str]:

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 
 from experiments.certify import attack, study
-from experiments.cli import UserError, commit, parse, versions, write_text
+from experiments.cli import commit, run_in_folder, versions, write_text
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,23 +42,12 @@ class Config:
 def main(args: list[str] | None = None) -> int:
     """Returns the exit code: 0; 1 for a certificate that is wrong; 2 for what the user can put
     right; 130 after Ctrl-C."""
-    try:
-        args = sys.argv[1:] if args is None else args
-        config = parse(Config, "python -m experiments.certify", args)
-        try:
-            config.out.mkdir(parents=True, exist_ok=True)
-            return run_attack(config) if config.attack else run_study(config)
-        except OSError as error:
-            raise UserError(
-                f"{config.out} cannot be used ({error.strerror}): give a folder that can be "
-                "written by --out."
-            ) from error
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("Interrupted: nothing was written.", file=sys.stderr)
-        return 130
+
+    def chosen(config: Config) -> int:
+        return run_attack(config) if config.attack else run_study(config)
+
+    prog = "python -m experiments.certify"
+    return run_in_folder(Config, prog, args, chosen, "nothing was written.")
 
 
 def run_attack(config: Config) -> int:

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 from matplotlib.figure import Figure
 
-from experiments.cli import UserError, aligned, commit, parse, versions, write_text
+from experiments.cli import UserError, aligned, commit, run_in_folder, versions, write_text
 from experiments.mesh import make_mesh
 from experiments.transformer.train import Method, Sizes, certified, train
 
@@ -73,25 +73,12 @@ QUICK = {"steps": 20, "width": 32, "depth": 2, "heads": 4, "context": 32, "batch
 
 def main(args: list[str] | None = None) -> int:
     """Returns the exit code: 0; 2 for what the user can put right; 130 after Ctrl-C."""
-    try:
-        args = sys.argv[1:] if args is None else args
-        config = parse(Config, "python -m experiments.transformer", args)
-        if config.quick:
-            config = dataclasses.replace(config, **QUICK)
-        try:
-            config.out.mkdir(parents=True, exist_ok=True)
-            return run(config)
-        except OSError as error:
-            raise UserError(
-                f"{config.out} cannot be used ({error.strerror}): give a folder that can be "
-                "written by --out."
-            ) from error
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("Interrupted: what was finished is kept, and not run again.", file=sys.stderr)
-        return 130
+
+    def sized(config: Config) -> int:
+        return run(dataclasses.replace(config, **QUICK) if config.quick else config)
+
+    prog = "python -m experiments.transformer"
+    return run_in_folder(Config, prog, args, sized, "what was finished is kept, and not run again.")
 
 
 def run(config: Config) -> int:
