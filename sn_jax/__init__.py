@@ -21,6 +21,7 @@ from sn_jax._power import power_iteration as power_iteration
 from sn_jax._views import Conv as Conv
 from sn_jax._views import Linear as Linear
 from sn_jax._views import Matrix as Matrix
+from sn_jax._views import Scaled as Scaled
 from sn_jax._views import View as View
 
 __version__ = "0.1.0"
@@ -32,6 +33,7 @@ __all__ = [
     "Matrix",
     "PowerResult",
     "Rules",
+    "Scaled",
     "Singular",
     "State",
     "View",

@@ -357,14 +357,17 @@ def _factor(sigma, bound, mode, gradient):
     return value, factor
 
 
-# What makes the product of Flax's dense layers other than a plain one in their dtype.
-_PRODUCT = ("dot_general", "dot_general_cls", "promote_dtype", "preferred_element_type")
+# Attributes by which a Flax layer's product is another than the stock layer's.
+PRODUCT = (
+    "dot_general", "dot_general_cls", "promote_dtype", "preferred_element_type", "mask",
+    "conv_general_dilated", "conv_general_dilated_cls",
+)  # fmt: skip
 
 
 def is_plain_product(layer: Any, stock: Any) -> bool:
     """Whether a Flax layer's product is that of the stock layer, of which it is, in float32."""
     return all(
-        getattr(layer, name, None) == getattr(stock, name, None) for name in _PRODUCT
+        getattr(layer, name, None) == getattr(stock, name, None) for name in PRODUCT
     ) and layer.dtype in (None, jnp.float32)
 
 
@@ -507,41 +510,6 @@ def compile_rules(rules: Rules | None, leaves: Mapping[str, Any]):
         return next(matches, default)
 
     return view_of
-
-
-def resolve_views(
-    leaves: Mapping[str, Any], found: Mapping[str, set[View | None]], rules: Rules | None, who: str
-) -> dict[str, View]:
-    """One view per leaf from what a trace found, rules first; ``who`` asks, for the errors."""
-    view_of = compile_rules(rules, leaves)
-    unseen = object()
-    resolved = {}
-    for path, leaf in leaves.items():
-        view = view_of(path, unseen)
-        if view is unseen:
-            seen, shape = found.get(path, set()), jnp.shape(leaf)
-            if len(seen) > 1:
-                raise ValueError(
-                    f"{who}: {path} of shape {shape} acts in {len(seen)} ways "
-                    f"({'; '.join(sorted(map(repr, seen)))}). Say which one to normalize with "
-                    f"rules={{{path!r}: view}}, or leave it alone with None for the view."
-                )
-            view = next(iter(seen), None)
-            if view is None and path.rpartition("/")[2] in WEIGHT_NAMES and len(shape) >= 2:
-                raise ValueError(
-                    f"{who} cannot see how {path} of shape {shape} is used: its layer is none of "
-                    "Flax's own, or stacked by a transformation. Say it with "
-                    f"rules={{{path!r}: sn_jax.Matrix(in_axes, out_axes)}}, or leave it alone "
-                    "with None for the view."
-                )
-        if view is not None:
-            resolved[path] = view
-    if not resolved:
-        raise ValueError(
-            f"{who} finds no kernel to normalize among {listed(leaves)}: wrap or give a model "
-            "that has one, or name one by rules."
-        )
-    return resolved
 
 
 def _default_view(path: str, shape: tuple[int, ...]) -> View | None:

@@ -1,20 +1,25 @@
 """How each parameter of a model acts, read off one abstract evaluation; shared by both Flaxes.
 
-A layer adapter binds ``tag`` to each kernel with the view that the layer gives it. The tag is an
-identity whose batching rule notes the axes that ``vmap`` adds, which nothing later in the
-program could tell from output axes. A walk over the jaxpr then follows every parameter through
-calls, loops and transposes to its tags.
+A layer adapter binds ``tag`` to the kernel that enters a layer's product, with the view that the
+layer gives it. The tag is an identity whose batching rule notes the axes that ``vmap`` adds,
+which nothing later in the program could tell from output axes. A walk over the jaxpr then
+follows every parameter through calls, loops and arithmetic to the products that it enters, and
+keeps account of what becomes of it on the way: nothing, a product with constants, or more.
 """
 
-from collections.abc import Callable, Mapping
-from dataclasses import replace
-from typing import Any
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from contextvars import ContextVar
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any, NamedTuple
 
 import jax
-from jax.extend.core import ClosedJaxpr, Jaxpr, Literal, Primitive
+import numpy as np
+from jax.extend.core import ClosedJaxpr, Jaxpr, Literal, Primitive, jaxpr_as_fun
 from jax.interpreters import ad, batching, mlir
 
-from sn_jax._views import Conv, Matrix, View
+from sn_jax._views import Conv, Matrix, Scaled, View
 
 _tag_p = Primitive("sn_jax_tag")
 _tag_p.def_impl(lambda w, **_: w)
@@ -26,38 +31,89 @@ ad.primitive_jvps[_tag_p] = lambda primals, tangents, **params: (
 )
 
 
-def _batch_tag(args, axes, *, view, axis_of):
+def _batch_tag(args, axes, *, view, axis_of, name):
     (w,), (axis,) = args, axes
     shifted = tuple(a + (a >= axis) for a in axis_of)
-    return _tag_p.bind(w, view=view, axis_of=shifted), axis
+    return _tag_p.bind(w, view=view, axis_of=shifted, name=name), axis
 
 
 batching.primitive_batchers[_tag_p] = _batch_tag
 
 
-def tag(w: jax.Array, view: View) -> jax.Array:
-    """``w``, marked as acting the way ``view`` says."""
-    return _tag_p.bind(w, view=view, axis_of=tuple(range(w.ndim)))
+def tag(w: jax.Array, view: View | None, name: str) -> jax.Array:
+    """``w``, marked as the kernel of the layer parameter ``name``, acting the way ``view`` says
+    (None: as no single linear map)."""
+    return _tag_p.bind(w, view=view, axis_of=tuple(range(w.ndim)), name=name)
 
 
-def views_of(
-    fn: Callable[..., Any], leaves: Mapping[str, Any], *args: Any
-) -> dict[str, set[View | None]]:
-    """The views that ``fn(leaves, *args)`` tags each leaf with; None for one that is not the
-    whole leaf. Nothing is computed.
+# Whether a model runs to see how it uses its parameters.
+looking: ContextVar[bool] = ContextVar("looking", default=False)
+
+
+class Change(NamedTuple):
+    """A kernel that enters a product as something else than it is stored as.
+
+    Attributes:
+      name: path of the layer's parameter; None where the product is in no stock layer.
+      paths: of the parameters that it is computed from.
+      operations: names of the primitives on the way, in order.
+      view: of the kernel that enters the product, on its own axes; None where there is none.
+      lifted: whether that is inside a transformation: scan, vmap, jit, remat, a loop.
+    """
+
+    name: str | None
+    paths: frozenset[str]
+    operations: tuple[str, ...]
+    view: View | None
+    lifted: bool
+
+
+class Uses(NamedTuple):
+    """How a call uses its parameters.
+
+    Attributes:
+      views: path -> the views under which that parameter enters products; None among them for
+        a part of it, or for no single linear map.
+      changes: kernels that are not what is stored.
+      read: paths of the parameters that the call reads at all.
+    """
+
+    views: dict[str, set[View | None]]
+    changes: frozenset[Change]
+    read: frozenset[str]
+
+
+def uses_of(
+    fn: Callable[..., Any], leaves: Mapping[str, Any], weights: Sequence[str], *args: Any
+) -> Uses:
+    """How ``fn(leaves, *args)``, which binds tags, uses each leaf. Nothing is computed but
+    constants that a leaf is multiplied by.
 
     Args:
-      fn: function of a dict of arrays by path and of arrays, which binds tags.
+      fn: function of a dict of arrays by path and of arrays. Concrete arrays that it closes over
+        are constants.
       leaves: path -> array or ShapeDtypeStruct.
+      weights: paths of leaves that count as kernels in products outside of tagged layers, too.
       *args: pytrees of arrays or ShapeDtypeStructs.
     """
-    closed = jax.make_jaxpr(fn)(dict(leaves), *args)
-    found: dict[str, set[View | None]] = {}
-    paths = sorted(leaves)  # the order in which a dict flattens
-    sources = [(path, tuple(range(len(leaves[path].shape)))) for path in paths]
+    token = looking.set(True)
+    try:
+        closed = jax.make_jaxpr(fn)(dict(leaves), *args)
+    finally:
+        looking.reset(token)
+    shapes = {path: tuple(leaves[path].shape) for path in sorted(leaves)}  # as a dict flattens
+    sources: list[_Value] = [_Leaf(p, len(s), tuple(range(len(s)))) for p, s in shapes.items()]
     sources += [None] * (len(closed.jaxpr.invars) - len(sources))
-    _walk(closed.jaxpr, sources, {path: tuple(leaves[path].shape) for path in paths}, found)
-    return found
+    walk = _Walk(shapes, frozenset(weights))
+    walk.program(closed, sources, lifted=False)
+    views: dict[str, set[View | None]] = {}
+    for (_, path), what in walk.found.items():
+        if not isinstance(what, Change):
+            views.setdefault(path, set()).add(what)
+    changes = frozenset(what for what in walk.found.values() if isinstance(what, Change))
+    used = {id(var) for eqn in closed.jaxpr.eqns for var in eqn.invars}
+    read = (path for path, var in zip(shapes, closed.jaxpr.invars, strict=False) if id(var) in used)
+    return Uses(views, changes, frozenset(read))
 
 
 def split_arrays(*tree: Any) -> tuple[list[Any], Callable[[list[Any]], Any]]:
@@ -76,120 +132,441 @@ def split_arrays(*tree: Any) -> tuple[list[Any], Callable[[list[Any]], Any]]:
     return [leaf for leaf, array in zip(leaves, is_array, strict=True) if array], rebuild
 
 
-# Views of the layers that both Flaxes have, from attributes that both name alike.
+# What the walk knows of a value: a _Constant; a _Leaf; something _Computed from leaves; or None
+# for what depends on the call's arguments: activations.
 
 
-def conv_view(layer: Any, input_shape: tuple[int, ...] | None, conv: str, *, transpose: bool):
-    """View of a Conv or ConvTranspose layer's kernel, on inputs of the given spatial size.
+class _Constant:
+    """A value that neither parameters nor arguments enter, computed when it is asked for.
 
-    ``conv="reshape"`` is the paper's: taps and input channels by output channels.
+    It may differ between the steps of scans around it: ``scans`` are their numbers, outermost
+    first, and the value has a leading axis for each.
     """
-    kernel_size = layer.kernel_size
-    n = 1 if isinstance(kernel_size, int) else len(kernel_size)
-    swapped = transpose and layer.transpose_kernel
-    if conv == "reshape":
-        return Matrix((*range(n), n + swapped), n + 1 - swapped)
-    if conv != "operator":
-        raise ValueError(f'conv must be "reshape" or "operator"; got {conv!r}.')
-    options = {
-        "input_shape": input_shape,
-        "strides": layer.strides or 1,
-        "padding": layer.padding,
-        "kernel_dilation": layer.kernel_dilation or 1,
-    }
-    if transpose:
-        return Conv(**options, transpose=True, transpose_kernel=layer.transpose_kernel)
-    return Conv(
-        **options,
-        input_dilation=layer.input_dilation or 1,
-        feature_group_count=layer.feature_group_count,
-    )
+
+    def __init__(self, compute: Callable[..., Any], *inputs: "_Constant", scans=()):
+        self._compute, self._inputs, self.scans = compute, inputs, scans
+
+    @cached_property
+    def value(self) -> Any:
+        with jax.ensure_compile_time_eval():
+            return self._compute(*(x.value for x in self._inputs))
 
 
-def einsum_view(einsum_str: str | None) -> Matrix | None:
-    """View of an Einsum layer's kernel, the second operand; None where it is no single matrix."""
-    if not einsum_str:
-        return None
-    inputs, _, output = einsum_str.replace(" ", "").partition("->")
-    x, _, kernel = inputs.partition(",")
-    ins = tuple(i for i, axis in enumerate(kernel) if axis in x and axis not in output)
-    outs = tuple(i for i, axis in enumerate(kernel) if axis not in x and axis in output)
-    summed_alone = any(axis not in x and axis not in output for axis in kernel)
-    return None if summed_alone or "." in kernel or not ins or not outs else Matrix(ins, outs)
+@dataclass(frozen=True)
+class _Leaf:
+    """A parameter, or a slice of one, perhaps times constants.
+
+    Attributes:
+      ndim: of the whole parameter.
+      axes: for each axis the parameter's own axis; None for one that it does not have.
+      scanned: (scan, the parameter's axis that it slices over).
+      factor: what it has been multiplied by, on the parameter's own axes; None for 1.
+      tag: key of the tag that it has passed.
+    """
+
+    path: str
+    ndim: int
+    axes: tuple[int | None, ...]
+    scanned: tuple[tuple[int, int], ...] = ()
+    factor: _Constant | None = None
+    tag: tuple[int, str] | None = None
 
 
-# What becomes of an array: (path, original axis of each of its axes), or None if it is no
-# parameter. Axes that are gone were scanned or indexed over: batch.
-_Source = tuple[str, tuple[int, ...]] | None
+@dataclass(frozen=True)
+class _Computed:
+    """What is computed from parameters; ``varies`` if from arguments too."""
 
-# Axes stay what they are, though slices may be shorter: checked at the tag.
+    paths: frozenset[str]
+    operations: tuple[str, ...]
+    varies: bool = False
+    tag: tuple[int, str] | None = None
+
+
+_Value = _Constant | _Leaf | _Computed | None
+
+
+class _Tag(NamedTuple):
+    params: dict[str, Any]
+    lifted: bool
+    view: View | None  # on the parameter's own axes, before factors
+
+
+# Axes stay what they are, though slices may be shorter: checked where the view is noted.
 _KEEPS_AXES = {
     "convert_element_type", "copy", "copy_p", "stop_gradient", "optimization_barrier",
-    "sharding_constraint", "reduce_precision", "pvary", "slice", "dynamic_slice", "mul", "name",
+    "sharding_constraint", "reduce_precision", "pvary", "slice", "dynamic_slice", "name",
+    "reshard", "mesh_cast", "device_put",
 }  # fmt: skip
+# How a layer may rearrange its kernel for its product, after the tag.
+_REARRANGES = _KEEPS_AXES | {
+    "reshape", "broadcast_in_dim", "transpose", "squeeze", "rev", "concatenate", "pad", "split",
+}  # fmt: skip
+_PRODUCTS = {"dot_general", "conv_general_dilated", "ragged_dot_general"}
 
 
-def _walk(jaxpr: Jaxpr, sources: list[_Source], shapes, found) -> list[_Source]:
-    """Record the tags in ``jaxpr`` and return the sources of its outputs."""
-    env = dict(zip(jaxpr.invars, sources, strict=True))
+class _Walk:
+    """Follows values through a program.
 
-    def source(var) -> _Source:
-        return None if isinstance(var, Literal) else env.get(var)
+    Attributes:
+      found: (equation, path) -> view or Change. A loop's body is walked more than once; what an
+        equation was found to be last holds.
+    """
 
-    for eqn in jaxpr.eqns:
-        name, inputs = eqn.primitive.name, [source(var) for var in eqn.invars]
-        outputs: list[_Source] = [None] * len(eqn.outvars)
-        first = inputs[0] if inputs else None
+    def __init__(self, shapes: Mapping[str, tuple[int, ...]], weights: frozenset[str]):
+        self.shapes, self.weights = shapes, weights
+        self.found: dict[tuple[int, str], View | Change | None] = {}
+        self.tags: dict[tuple[int, str], _Tag] = {}
+        self.scans = itertools.count()
+
+    def program(self, closed: ClosedJaxpr, inputs: Sequence[_Value], lifted: bool) -> list[_Value]:
+        """What is known of the outputs; ``lifted`` if the program is inside another equation."""
+        jaxpr = closed.jaxpr
+        env: dict[Any, _Value] = dict(zip(jaxpr.invars, inputs, strict=True))
+        for var, value in zip(jaxpr.constvars, closed.consts, strict=True):
+            # A traced one is an argument of a program around this one.
+            traced = isinstance(value, jax.core.Tracer)
+            env[var] = None if traced else _Constant(lambda value=value: value)
+
+        def known(var) -> _Value:
+            return _Constant(lambda: var.val) if isinstance(var, Literal) else env.get(var)
+
+        for eqn in jaxpr.eqns:
+            outputs = self.equation(eqn, [known(var) for var in eqn.invars], lifted)
+            env.update(zip(eqn.outvars, outputs, strict=True))
+        return [known(var) for var in jaxpr.outvars]
+
+    def equation(self, eqn, inputs: list[_Value], lifted: bool) -> list[_Value]:
+        name, n_out = eqn.primitive.name, len(eqn.outvars)
+        if name == "scan":
+            return self.scan(eqn, inputs)
+        if name == "while":
+            return self.while_loop(eqn, inputs)
+        if name == "cond":
+            branches = [self.program(b, inputs[1:], True) for b in eqn.params["branches"]]
+            return [_join(values, name) for values in zip(*branches, strict=True)]
+        inner = _inner_program(eqn)
+        if inner is not None:
+            return self.program(inner, inputs, True)
         if name == _tag_p.name:
-            if first is not None:
-                view = _on_leaf(eqn, first, shapes[first[0]])
-                found.setdefault(first[0], set()).add(view)
-            outputs = [first]
-        elif name in _KEEPS_AXES and first is not None:
-            if eqn.outvars[0].aval.ndim == len(first[1]):
-                outputs = [first]
-        elif name == "transpose" and first is not None:
-            outputs = [(first[0], tuple(first[1][i] for i in eqn.params["permutation"]))]
-        elif name == "squeeze" and first is not None:
-            gone = eqn.params["dimensions"]
-            outputs = [(first[0], tuple(a for i, a in enumerate(first[1]) if i not in gone))]
-        elif name == "scan":
-            carried = eqn.params["num_consts"] + eqn.params["num_carry"]
-            sliced = [s and (s[0], s[1][1:]) for s in inputs[carried:]]
-            _walk(eqn.params["jaxpr"].jaxpr, inputs[:carried] + sliced, shapes, found)
-        elif name == "while":
-            n_cond, n_body = eqn.params["cond_nconsts"], eqn.params["body_nconsts"]
-            carry = inputs[n_cond + n_body :]
-            _walk(eqn.params["cond_jaxpr"].jaxpr, inputs[:n_cond] + carry, shapes, found)
-            body = inputs[n_cond : n_cond + n_body]
-            _walk(eqn.params["body_jaxpr"].jaxpr, body + carry, shapes, found)
-        elif name == "cond":
-            for branch in eqn.params["branches"]:
-                _walk(branch.jaxpr, inputs[1:], shapes, found)
-        else:  # jit, remat, custom derivatives: one inner program with the same inputs
-            for inner in eqn.params.values():
-                inner = inner.jaxpr if isinstance(inner, ClosedJaxpr) else inner
-                if isinstance(inner, Jaxpr) and len(inner.invars) == len(inputs):
-                    results = _walk(inner, inputs, shapes, found)
-                    if len(results) == len(outputs):
-                        outputs = results
-        env.update(zip(eqn.outvars, outputs, strict=True))
-    return [source(var) for var in jaxpr.outvars]
+            return [self.tag(eqn, inputs[0], lifted)]
+        if all(isinstance(x, _Constant) for x in inputs):
+            return [None] * n_out if eqn.effects else _folded(eqn, inputs)
+        if not any(isinstance(x, _Leaf | _Computed) for x in inputs):
+            return [None] * n_out
+        if name in _PRODUCTS:
+            return [self.product(eqn, inputs[:2], lifted)]
+        if name in ("gather", "dynamic_slice") and self.is_lookup(eqn, inputs, lifted):
+            return [None]
+        out = _kept(eqn, inputs) if n_out == 1 else None
+        if out is None:
+            out = _computed(inputs, None if name in _REARRANGES and _tag_of(inputs) else name)
+        if out.tag and out not in inputs:
+            # What a layer's own dot_general does to its kernel comes after the tag.
+            self.note(out)
+        return [out] * n_out
 
+    def scan(self, eqn, inputs):
+        n_consts, n_carry = eqn.params["num_consts"], eqn.params["num_carry"]
+        consts, carry = inputs[:n_consts], inputs[n_consts : n_consts + n_carry]
+        number = next(self.scans)
+        xs = [_sliced(x, number) for x in inputs[n_consts + n_carry :]]
 
-def _on_leaf(eqn, source, shape) -> View | None:
-    """The tag's view in terms of the axes of the whole leaf."""
-    _, axes = source
-    leaf_axis = [axes[i] for i in eqn.params["axis_of"]]
-    sizes = eqn.invars[0].aval.shape
-    if any(sizes[i] != shape[axes[i]] for i in eqn.params["axis_of"]):
+        def body(carry):
+            return self.program(eqn.params["jaxpr"], [*consts, *carry, *xs], True)
+
+        carry, outputs = self.fixed_point(body, carry, "scan")
+        stacked = [_computed([y], "scan") if isinstance(y, _Leaf | _Computed) else None
+                   for y in outputs[n_carry:]]  # fmt: skip
+        return carry + stacked
+
+    def while_loop(self, eqn, inputs):
+        n_cond, n_body = eqn.params["cond_nconsts"], eqn.params["body_nconsts"]
+        cond_consts, body_consts = inputs[:n_cond], inputs[n_cond : n_cond + n_body]
+
+        def body(carry):
+            self.program(eqn.params["cond_jaxpr"], [*cond_consts, *carry], True)
+            return self.program(eqn.params["body_jaxpr"], [*body_consts, *carry], True)
+
+        return self.fixed_point(body, inputs[n_cond + n_body :], "while")[0]
+
+    def fixed_point(self, body, carry, name):
+        """What a loop's carry is at every step, and the outputs of its body then."""
+        before = dict(self.found)
+        while True:
+            self.found = dict(before)
+            outputs = body(carry)
+            joined = [_join(pair, name) for pair in zip(carry, outputs, strict=False)]
+            if joined == carry:
+                return carry, outputs
+            carry = joined
+
+    def tag(self, eqn, x: _Value, lifted: bool) -> _Value:
+        if not isinstance(x, _Leaf | _Computed):
+            return x
+        params = eqn.params
+        axis_of, sizes = params["axis_of"], eqn.invars[0].aval.shape
+        lifted = lifted or axis_of != tuple(range(len(sizes)))
+        if isinstance(x, _Leaf):
+            key, shape = (id(eqn), x.path), self.shapes[x.path]
+            whole = all(x.axes[i] is not None and sizes[i] == shape[x.axes[i]] for i in axis_of)
+            leaf_axes = [x.axes[i] for i in axis_of]
+            view = _on_axes(params["view"], leaf_axes, len(shape)) if whole else None
+            self.tags[key] = _Tag(params, lifted, view)
+        else:
+            key = id(eqn), params["name"]
+            self.tags[key] = _Tag(params, lifted, None)
+        tagged = replace(x, tag=key)
+        self.note(tagged)
+        return tagged
+
+    def note(self, x: _Leaf | _Computed) -> None:
+        """What a tagged kernel is by now."""
+        params, lifted, view = self.tags[x.tag]
+        if isinstance(x, _Leaf):
+            self.found[x.tag] = _with_factor(view, x.factor)
+        elif x.operations:
+            change = Change(params["name"], x.paths, x.operations, params["view"], lifted)
+            self.found[x.tag] = change
+
+    def product(self, eqn, operands: list[_Value], lifted: bool) -> _Value:
+        """Notes a weight among the operands; the output is an activation, or still something
+        computed from parameters alone."""
+        if _tag_of(operands):
+            return None
+        varies = [x is None or (isinstance(x, _Computed) and x.varies) for x in operands]
+        if not any(varies):
+            return _computed(operands, eqn.primitive.name)
+        for i, x in enumerate(operands):
+            if isinstance(x, _Leaf) and eqn.primitive.name == "dot_general":
+                contracted, batch = (dims[i] for dims in eqn.params["dimension_numbers"])
+                free = {*range(len(x.axes))} - {*contracted, *batch}
+                if len(contracted) == len(free) == 1:
+                    self.matrix(eqn, x, eqn.invars[i].aval.shape, (*contracted, *free))
+            elif isinstance(x, _Computed) and varies[1 - i]:
+                self.unknown(eqn, x, lifted)
         return None
-    view, ndim = eqn.params["view"], len(leaf_axis)
+
+    def unknown(self, eqn, x: _Computed, lifted: bool) -> None:
+        """Notes something computed from weights that enters a product outside of tagged layers."""
+        weights = x.paths & self.weights
+        if weights:
+            change = Change(None, x.paths, x.operations, None, lifted)
+            self.found[id(eqn), min(weights)] = change
+
+    def is_lookup(self, eqn, inputs, lifted: bool) -> bool:
+        """Whether this reads rows of a table at places that the arguments give; notes the table."""
+        x, *places = inputs
+        if not isinstance(x, _Leaf | _Computed) or not any(p is None for p in places):
+            return False
+        if x.tag or isinstance(x, _Computed):
+            found = eqn.primitive.name == "gather" and (x.tag is not None or not x.varies)
+            if found and not x.tag:
+                self.unknown(eqn, x, lifted)
+            return found
+        batch = ()
+        if eqn.primitive.name == "gather":
+            batch = eqn.params["dimension_numbers"].operand_batching_dims
+        shape, sizes = eqn.invars[0].aval.shape, eqn.params["slice_sizes"]
+        live = [axis for axis in range(len(shape)) if axis not in batch]
+        rows = [axis for axis in live if sizes[axis] == 1]
+        whole = [axis for axis in live if sizes[axis] == shape[axis]]
+        if len(live) != 2 or not rows or not whole:
+            return False
+        self.matrix(eqn, x, shape, live)
+        return True
+
+    def matrix(self, eqn, x: _Leaf, sizes, axes) -> None:
+        """Notes a weight that acts as a matrix with these two axes, outside of tagged layers."""
+        shape, leaf_axes = self.shapes[x.path], [x.axes[axis] for axis in axes]
+        if x.path in self.weights and None not in leaf_axes:
+            whole = all(own is None or sizes[a] == shape[own] for a, own in enumerate(x.axes))
+            view = _on_axes(Matrix(0, 1), sorted(leaf_axes), len(shape)) if whole else None
+            self.found[id(eqn), x.path] = _with_factor(view, x.factor)
+
+
+def _inner_program(eqn) -> ClosedJaxpr | None:
+    """The program of jit, remat or custom derivatives: one with the same inputs and outputs."""
+    for inner in eqn.params.values():
+        inner = ClosedJaxpr(inner, ()) if isinstance(inner, Jaxpr) else inner
+        if isinstance(inner, ClosedJaxpr) and (
+            len(inner.jaxpr.invars) == len(eqn.invars)
+            and len(inner.jaxpr.outvars) == len(eqn.outvars)
+            and len(inner.jaxpr.constvars) == len(inner.consts)
+        ):
+            return inner
+    return None
+
+
+def _on_axes(view: View | None, leaf_axes: list[int], ndim: int) -> View | None:
+    """A view of an array whose axes are these of a parameter, as a view of the parameter."""
+    n = len(leaf_axes)
     if isinstance(view, Matrix):
-        groups = ([leaf_axis[a % ndim] for a in g] for g in (view.in_axes, view.out_axes))
+        groups = ([leaf_axes[a % n] for a in g] for g in (view.in_axes, view.out_axes))
         return Matrix(*(tuple(sorted(group)) for group in groups))
-    assert isinstance(view, Conv)  # adapters give no others
-    if leaf_axis != sorted(leaf_axis):
+    if view is None or leaf_axes != sorted(leaf_axes):
         return None
-    batch = tuple(axis for axis in range(len(shape)) if axis not in leaf_axis)
+    assert isinstance(view, Conv)  # adapters give no others
+    batch = tuple(axis for axis in range(ndim) if axis not in leaf_axes)
     return view if not batch else replace(view, batch_axes=batch)
+
+
+def _with_factor(view: View | None, factor: _Constant | None) -> View | None:
+    if view is None or factor is None:
+        return view
+    value = np.asarray(factor.value)
+    for axis in range(value.ndim):  # one number for a scalar, not an array of them
+        first = value.take([0], axis) if value.shape[axis] else value
+        value = first if np.array_equal(first + 0 * value, value) else value
+    return view if np.all(value == 1) else Scaled(view, value)
+
+
+def _tag_of(values: Sequence[_Value]) -> tuple[int, str] | None:
+    return next((x.tag for x in values if isinstance(x, _Leaf | _Computed) and x.tag), None)
+
+
+def _computed(inputs: Sequence[_Value], operation: str | None) -> _Computed:
+    """The result of an operation on these; None for one that is not worth mentioning."""
+    paths, operations, varies = set(), [], False
+    for x in inputs:
+        varies = varies or x is None or (isinstance(x, _Computed) and x.varies)
+        if isinstance(x, _Leaf):
+            paths.add(x.path)
+            operations += ["mul"] if x.factor and not x.tag else []
+        elif isinstance(x, _Computed):
+            paths |= x.paths
+            operations += x.operations
+    unique = dict.fromkeys([*operations, operation] if operation else operations)
+    return _Computed(frozenset(paths), tuple(unique), varies, _tag_of(inputs))
+
+
+def _join(values: Sequence[_Value], operation: str) -> _Value:
+    """What is known of a value that is one of these."""
+    first, *others = values
+    if all(first is other or first == other for other in others):
+        return first
+    if any(isinstance(x, _Leaf | _Computed) for x in values):
+        return _computed(values, operation)
+    return None
+
+
+def _sliced(x: _Value, scan: int) -> _Value:
+    """One step's slice of what a scan runs over."""
+    if isinstance(x, _Leaf):
+        gone = () if x.axes[0] is None else ((scan, x.axes[0]),)
+        return replace(x, axes=x.axes[1:], scanned=x.scanned + gone)
+    if isinstance(x, _Constant):
+        return _Constant(lambda value: value, x, scans=(*x.scans, scan))
+    return x
+
+
+def _folded(eqn, inputs: list[_Constant]) -> list[_Value]:
+    """The outputs of an equation of constants."""
+    scans = tuple(sorted({scan for x in inputs for scan in x.scans}))  # numbered outside in
+    known = {
+        var: x for var, x in zip(eqn.invars, inputs, strict=True) if not isinstance(var, Literal)
+    }
+
+    def compute(*values):
+        alone = Jaxpr((), list(known), list(eqn.outvars), [eqn])
+        run = jaxpr_as_fun(ClosedJaxpr(alone, ()))
+        for scan in reversed(scans):
+            run = jax.vmap(run, tuple(0 if scan in x.scans else None for x in known.values()))
+        return run(*values)
+
+    outputs = _Constant(compute, *known.values())
+    return [_Constant(lambda out, i=i: out[i], outputs, scans=scans)
+            for i in range(len(eqn.outvars))]  # fmt: skip
+
+
+def _kept(eqn, inputs: list[_Value]) -> _Leaf | None:
+    """The output as a leaf, if its axes only moved or it was multiplied by constants."""
+    name, params = eqn.primitive.name, eqn.params
+    x = next((x for x in inputs if isinstance(x, _Leaf)), None)
+    if x is None:
+        return None
+    if name in ("mul", "div", "neg", "select_n", "add", "sub"):
+        return _multiplied(eqn, inputs, x)
+    shape, out = eqn.invars[0].aval.shape, eqn.outvars[0].aval.shape
+    if x is not inputs[0]:
+        return None
+    if name in _KEEPS_AXES:
+        return x if len(out) == len(x.axes) else None
+    if name == "transpose":
+        return replace(x, axes=tuple(x.axes[i] for i in params["permutation"]))
+    if name == "squeeze":
+        gone = params["dimensions"]
+        return replace(x, axes=tuple(a for i, a in enumerate(x.axes) if i not in gone))
+    if name == "broadcast_in_dim":
+        place = [int(i) for i in params["broadcast_dimensions"]]
+        if all(out[i] == size for i, size in zip(place, shape, strict=True)):
+            axes = dict(zip(place, x.axes, strict=True))
+            return replace(x, axes=tuple(axes.get(i) for i in range(len(out))))
+    if name == "reshape" and shape == out:
+        return x
+    if name == "reshape" and [n for n in shape if n > 1] == [n for n in out if n > 1]:
+        kept = iter([a for a, n in zip(x.axes, shape, strict=True) if n > 1])
+        return replace(x, axes=tuple(next(kept) if n > 1 else None for n in out))
+    return None
+
+
+def _multiplied(eqn, inputs: list[_Value], x: _Leaf) -> _Leaf | None:
+    """The output as ``x`` times a constant, if it is that: by products, quotients, selection
+    (masks), or sums of several multiples of the one leaf."""
+    if eqn.outvars[0].aval.ndim != len(x.axes) or any(
+        isinstance(other, _Leaf) and replace(other, factor=x.factor) != x for other in inputs
+    ):
+        return None
+    values = []
+    for var, other in zip(eqn.invars, inputs, strict=True):
+        if isinstance(other, _Leaf):
+            values.append(other.factor or _ONE)
+        elif isinstance(other, _Constant):
+            values.append(_on_leaf_axes(other, var.aval.shape, x))
+        else:
+            values.append(None)
+    if any(value is None for value in values):
+        return None
+    name, n_leaves = eqn.primitive.name, sum(isinstance(other, _Leaf) for other in inputs)
+    if name == "mul" and n_leaves == 1:
+        factor = _Constant(np.multiply, *values)
+    elif name == "div" and inputs[0] is x and n_leaves == 1:
+        factor = _Constant(np.divide, *values)
+    elif name == "neg":
+        factor = _Constant(np.negative, *values)
+    elif name in ("add", "sub") and n_leaves == 2:
+        factor = _Constant(np.add if name == "add" else np.subtract, *values)
+    elif name == "select_n" and all(
+        isinstance(case, _Leaf) or not np.any(np.asarray(case.value)) for case in inputs[1:]
+    ):
+        factor = _Constant(lambda which, *cases: np.choose(which.astype(int), cases), *values)
+    else:
+        return None
+    return replace(x, factor=factor)
+
+
+_ONE = _Constant(lambda: np.float32(1))
+
+
+def _on_leaf_axes(constant: _Constant, shape: tuple[int, ...], x: _Leaf) -> _Constant | None:
+    """A constant of the shape of ``x`` (or broadcast to it), on the parameter's own axes; None
+    where it has others."""
+    scanned = dict(x.scanned)
+    if any(scan not in scanned for scan in constant.scans):
+        return None
+    own = x.axes if shape else ()
+    if len(own) != len(shape) or any(
+        axis is None and n > 1 for axis, n in zip(own, shape, strict=True)
+    ):
+        return None
+    axes = [scanned[scan] for scan in constant.scans] + [axis for axis in own if axis is not None]
+
+    def place(value):
+        value = np.asarray(value)
+        kept = value.shape[: len(constant.scans)] + tuple(
+            n for n, axis in zip(shape, own, strict=True) if axis is not None
+        )
+        value = value.reshape(kept).transpose(np.argsort(axes))
+        sizes = dict(zip(sorted(axes), value.shape, strict=True))
+        return value.reshape([sizes.get(axis, 1) for axis in range(x.ndim)])
+
+    return _Constant(place, constant)

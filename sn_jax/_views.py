@@ -9,6 +9,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 from jax.sharding import PartitionSpec
 
@@ -473,11 +474,128 @@ class Linear:
         return _scale(w, factor, ())
 
 
+class _Values:
+    """An array as a static value: compared and hashed by what it holds."""
+
+    def __init__(self, array: Any):
+        self.array = np.array(array)  # a copy, which nobody else writes to
+        self.array.flags.writeable = False
+        self._key = self.array.shape, str(self.array.dtype), self.array.tobytes()
+        self._hash = hash(self._key)
+
+    def __eq__(self, other):
+        return isinstance(other, _Values) and self._key == other._key
+
+    def __hash__(self):
+        return self._hash
+
+    def __reduce__(self):  # hashes of strings differ from process to process
+        return _Values, (self.array,)
+
+
+@dataclass(frozen=True, init=False, repr=False)
+class Scaled:
+    """A kernel that the layer multiplies by a constant first: ``A_w x = B_(factor * w) x``.
+
+    For masked convolutions and autoregressive layers, and kernels scaled by a fixed number such
+    as 1/sqrt(fan_in): what enters the product is normalized, so that its norm is ``bound``. The
+    constant is held by value: part of the view, of its hash, and of what pickle keeps.
+
+    Args:
+      view: how ``factor * w`` acts.
+      factor: the constant: a number, or an array that broadcasts to the shape of ``w``, with as
+        many axes. Real.
+
+    Raises:
+      TypeError: ``view`` is no view, or ``factor`` is traced or not real.
+      ValueError: (when used) ``factor`` does not broadcast to the kernel.
+
+    Example:
+      >>> mask = jnp.array([[1.0, 1.0], [1.0, 0.0]])
+      >>> view = Scaled(Matrix(), mask)
+      >>> view.matvec(jnp.ones((2, 2)), jnp.array([1.0, 2.0])).tolist()
+      [3.0, 1.0]
+    """
+
+    view: View
+    values: _Values
+
+    def __init__(self, view: View, factor: Any):
+        if not isinstance(view, View) or isinstance(view, type):
+            raise TypeError(f"Scaled(view={view!r}): give a view, such as sn_jax.Matrix().")
+        if isinstance(factor, jax.core.Tracer):
+            raise TypeError(
+                "Scaled(factor=...) is traced: its values must be known, as they are part of the "
+                "view. Make the view outside of jit."
+            )
+        values = np.asarray(factor)
+        if values.dtype == bool or np.issubdtype(values.dtype, np.integer):
+            values = values.astype(np.float32)
+        if not jnp.issubdtype(values.dtype, jnp.floating):
+            raise TypeError(f"Scaled(factor=...) of dtype {values.dtype}: give real numbers.")
+        object.__setattr__(self, "view", view)
+        object.__setattr__(self, "values", _Values(values))
+
+    def __repr__(self):
+        factor = self.factor
+        value = repr(factor.item()) if factor.size == 1 else f"<array of shape {factor.shape}>"
+        return f"Scaled({self.view!r}, {value})"
+
+    @property
+    def factor(self) -> np.ndarray:
+        return self.values.array
+
+    @property
+    def split(self) -> Split | None:
+        return getattr(self.view, "split", None)
+
+    def vector_axes(self, ndim: int) -> tuple[tuple, tuple, tuple] | None:
+        return _sharding.vector_axes(self.view, ndim)
+
+    def batch_shape(self, shape: Shape) -> Shape:
+        factor = self.factor.shape
+        if factor and (
+            len(factor) != len(shape)
+            or any(n not in (1, size) for n, size in zip(factor, _whole(self, shape), strict=True))
+        ):
+            raise ValueError(
+                f"{self}: the factor does not broadcast to a kernel of shape {shape}; give one "
+                "with as many axes, each of the kernel's size or 1."
+            )
+        return self.view.batch_shape(shape)
+
+    def domain(self, shape: Shape) -> Shape:
+        return self.view.domain(shape)
+
+    def effective(self, w: Array) -> Array:
+        """``factor * w``, the kernel that enters the product."""
+        factor = jnp.asarray(self.factor, w.dtype)
+        if factor.ndim:
+            names = _sharding.split_names(self, w.ndim)
+            blocks = [() if n == 1 else name for n, name in zip(factor.shape, names, strict=True)]
+            factor = jnp.broadcast_to(_sharding.own_blocks(factor, blocks), w.shape)
+        return w * factor
+
+    def matvec(self, w: Array, x: Array) -> Array:
+        return self.view.matvec(self.effective(w), x)
+
+    def scale(self, w: Array, factor: Array) -> Array:
+        return self.view.scale(w, factor)
+
+
+def _whole(view: View, shape: Shape) -> Shape:
+    """The kernel's shape where ``shape`` is one device's block of it."""
+    names = _sharding.split_names(view, len(shape))
+    return _sharding.whole(shape, names) if any(names) else shape
+
+
 def check_linear(view: View, w: Array, *, in_w: bool) -> None:
     """Raise if the view's map of ``x`` is not linear, or (``in_w``) not linear in ``w``.
 
     By its jaxpr, and where ``w`` is no tracer also by numbers: an affine map transposes well.
     """
+    while isinstance(view, Scaled):
+        view = view.view
     if isinstance(view, Matrix | Conv):
         return
     name = _name(getattr(view, "fn", view))

@@ -3,6 +3,7 @@
 import dataclasses
 import re
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from typing import Any, Literal
 
@@ -12,10 +13,11 @@ import numpy as np
 from flax import linen as nn
 from flax import traverse_util
 from flax.core import meta
+from flax.linen.dtypes import promote_dtype
 from flax.linen.linear import ConvLocal
 from flax.linen.recurrent import DenseParams
 
-from sn_jax import _core, _trace
+from sn_jax import _core, _flax, _trace
 from sn_jax._views import Matrix, View
 
 ConvView = Literal["reshape", "operator"]
@@ -73,24 +75,47 @@ def views(
       layers_2/kernel Matrix(in_axes=(0, 1, 2), out_axes=(3,))
     """
     params = meta.unbox(variables["params"])
-    found = _traced(module, {**variables, "params": params}, args, kwargs, conv, rngs, method)
-    return _core.resolve_views(_core.named_leaves(params), found, rules, "sn_jax.linen.views")
+    others = {name: value for name, value in variables.items() if name != "params"}
+    uses, beside = _traced(module, params, others, args, kwargs, conv, rngs, method)
+    leaves = _core.named_leaves(params)
+    return _flax.resolve(leaves, uses, beside, rules, "sn_jax.linen.views").views
 
 
-def _traced(module, variables, args, kwargs, conv, rngs, method):
-    """path -> the views under which the model uses that parameter."""
+def _traced(module, params, others, args, kwargs, conv, rngs, method):
+    """How the model uses its parameters, and what layers made from stock ones have beside kernels.
+    Other variables that are arrays are constants.
+    """
     arrays, rebuild = _trace.split_arrays(args, kwargs)
+    abstract, rebuild_others = _trace.split_arrays(others)
+    constant = [isinstance(a, np.ndarray | jax.Array) and not isinstance(a, jax.core.Tracer)
+                for a in abstract]  # fmt: skip
+    beside: dict[str, str] = {}
 
     def tagged(next_fun, args, kwargs, context):
-        layer = context.module
-        if context.method_name in ("__call__", "attend"):
-            for name, view in _layer_views(layer, args, kwargs, conv).items():
-                if layer.has_variable("params", name):
-                    _trace.tag(meta.unbox(layer.get_variable("params", name)), view)
-        return next_fun(*args, **kwargs)
+        layer, kind = context.module, _kind(context.module)
+        if kind is None or context.method_name == "setup":
+            return next_fun(*args, **kwargs)
+        name, adapter = _ADAPTERS[kind]
+        path = "/".join((*layer.path, name))
+        if type(layer) is not kind:
+            beside.update(_beside_kernel(layer, name))
 
-    def apply(params, arrays, others):
+        def mark(kernel, x):
+            return _trace.tag(kernel, adapter(layer, _flax.input_size(layer, x), conv), path)
+
+        if kind is DenseParams:
+            kernel, bias = next_fun(*args, **kwargs)
+            return mark(kernel, args[0]), bias
+        with _at_product(layer, mark):
+            return next_fun(*args, **kwargs)
+
+    def apply(params, traced):
+        arrays, unknown = traced
         args, kwargs = rebuild(arrays)
+        unknown = iter(unknown)
+        (others,) = rebuild_others(
+            [a if known else next(unknown) for a, known in zip(abstract, constant, strict=True)]
+        )
         params = traverse_util.unflatten_dict({keys[path]: w for path, w in params.items()})
         with nn.intercept_methods(tagged), _tracing(("views", conv)):
             return module.apply(
@@ -99,31 +124,64 @@ def _traced(module, variables, args, kwargs, conv, rngs, method):
             )  # fmt: skip
 
     # By tuples: keys of wrappers contain "/" themselves.
-    flat = traverse_util.flatten_dict(variables.get("params", {}))
+    flat = traverse_util.flatten_dict(params)
     keys = {"/".join(key): key for key in flat}
-    params = {path: flat[key] for path, key in keys.items()}
-    others = {name: value for name, value in variables.items() if name != "params"}
-    return _trace.views_of(apply, params, arrays, others)
+    leaves = {path: flat[key] for path, key in keys.items()}
+    unknown = [a for a, known in zip(abstract, constant, strict=True) if not known]
+    uses = _trace.uses_of(apply, leaves, _flax.weight_paths(leaves), (arrays, unknown))
+    return uses, beside
 
 
-def _layer_views(layer: nn.Module, args, kwargs, conv: ConvView) -> dict[str, View]:
-    """Views of one layer's own parameters, on the axes that it declares them with."""
-    kind = type(layer)
-    known = [base for base in _ADAPTERS if isinstance(layer, base)]
-    # A subclass that overrides __call__ may do anything with its kernel.
-    if not known or kind.__call__ is not known[0].__call__:
+def _kind(layer: nn.Module) -> type | None:
+    """The stock layer that ``layer`` is, or is made from."""
+    return next((kind for kind in _ADAPTERS if isinstance(layer, kind)), None)
+
+
+def _beside_kernel(layer, name) -> dict[str, str]:
+    """Paths of what a layer made from a stock one has beside kernel and bias, with its name."""
+    flat = traverse_util.flatten_dict(layer.variables.get("params", {}))
+    return {"/".join((*layer.path, *key)): type(layer).__name__
+            for key in flat if key not in ((name,), ("bias",))}  # fmt: skip
+
+
+@contextmanager
+def _attribute(layer: nn.Module, name: str, value: Any):
+    """``layer.name = value`` for one call of the layer, which is frozen."""
+    before = getattr(layer, name)
+    object.__setattr__(layer, name, value)
+    try:
+        yield
+    finally:
+        object.__setattr__(layer, name, before)
+
+
+def _at_product(layer: nn.Module, change):
+    """For one call of a layer: its kernel is changed where it enters the product."""
+    promote = layer.promote_dtype
+    if isinstance(promote, _flax.AtProduct):  # a method of the layer calls another
+        return nullcontext()
+    return _attribute(layer, "promote_dtype", _flax.AtProduct(promote, promote_dtype, change))
+
+
+def _stock_view(layer: nn.Module, args, kwargs, conv: ConvView) -> dict[str, View]:
+    """The view of a stock layer's kernel, which needs no trace; empty for all others."""
+    if type(layer) not in _ADAPTERS or any(
+        getattr(layer, f.name) is not f.default
+        for f in dataclasses.fields(layer) if f.name in _core.PRODUCT
+    ):  # fmt: skip
         return {}
-    name, adapter = _ADAPTERS[known[0]]
+    name, adapter = _ADAPTERS[type(layer)]
+    n = _flax.spatial_ndim(layer)
     x = (*args, *kwargs.values())[0] if args or kwargs else None
-    view = adapter(layer, x, conv)
+    view = adapter(layer, tuple(x.shape[-n - 1 : -1]) if n else (), conv)
     return {} if view is None else {name: view}
 
 
-def _dense(layer, x, conv):
+def _dense(layer, size, conv):
     return Matrix(0, 1)
 
 
-def _dense_general(layer, x, conv):
+def _dense_general(layer, size, conv):
     def count(value):
         return len(value) if isinstance(value, tuple | list) else 1
 
@@ -133,19 +191,17 @@ def _dense_general(layer, x, conv):
     return Matrix(ins, tuple(range(n_batch + n_in, n_batch + n_in + n_out)))
 
 
-def _convolution(layer, x, conv):
-    n = 1 if isinstance(layer.kernel_size, int) else len(layer.kernel_size)
-    size = tuple(x.shape[-n - 1 : -1])
-    return _trace.conv_view(layer, size, conv, transpose=isinstance(layer, nn.ConvTranspose))
+def _convolution(layer, size, conv):
+    return _flax.conv_view(layer, size, conv, transpose=isinstance(layer, nn.ConvTranspose))
 
 
 _ADAPTERS = {
     nn.Dense: ("kernel", _dense),
     nn.DenseGeneral: ("kernel", _dense_general),
-    nn.Einsum: ("kernel", lambda layer, x, conv: _trace.einsum_view(layer.einsum_str)),
+    nn.Einsum: ("kernel", lambda layer, size, conv: _flax.einsum_view(layer.einsum_str)),
     nn.Embed: ("embedding", _dense),
     DenseParams: ("kernel", _dense),
-    ConvLocal: ("kernel", lambda layer, x, conv: None),  # one kernel per pixel: no single view
+    ConvLocal: ("kernel", lambda layer, size, conv: None),  # one kernel per pixel: no single view
     nn.Conv: ("kernel", _convolution),
     nn.ConvTranspose: ("kernel", _convolution),
 }
@@ -356,6 +412,8 @@ class SpectralNorm(nn.Module):
                 f"SpectralNorm around {self._layer} is inside another SpectralNorm: wrap a layer "
                 "once."
             )
+        if _trace.looking.get():  # views are of the stored kernels
+            return self.layer_instance(*args, **kwargs)
         token = _wrapped.set(True)
         try:
             return self._run_normalized(args, kwargs, update_stats, written)
@@ -374,19 +432,30 @@ class SpectralNorm(nn.Module):
             for name, tree in part.variables.items():
                 flat = traverse_util.flatten_dict(tree)
                 variables.setdefault(name, {}).update({(*prefix, *k): v for k, v in flat.items()})
-        boxed = {"/".join(key): leaf for key, leaf in variables.pop("params", {}).items()}
+        flat_params = variables.pop("params", {})
+        boxed = {"/".join(key): leaf for key, leaf in flat_params.items()}
         others = {name: traverse_util.unflatten_dict(flat) for name, flat in variables.items()}
-        leaves = {}
+        leaves, changed = {}, None
         # A shared layer may have been baked by an earlier call.
         if not any(_value(leaf) is new for leaf in boxed.values() for new in written or ()):
             params = {path: meta.unbox(leaf) for path, leaf in boxed.items()}
-            leaves = self._normalized(params, others, args, kwargs, update_stats)
+            task = "wrap" if written is None else "bake"
+            tree = {key: meta.unbox(leaf) for key, leaf in flat_params.items()}
+            tree = traverse_util.unflatten_dict(tree)
+            found = self._views(params, tree, others, args, kwargs, task)
+            names = (*found.views, *found.at_product)
+            bounds = _core.bounds_by_path(self.bound, dict.fromkeys(names))
+            leaves = self._normalized(params, found.views, bounds, update_stats)
+            changed = _Changed(self, found.at_product, bounds, update_stats)
         normalized = {path: leaf.scaled for path, leaf in leaves.items()}
         if written is not None:
             written.extend(normalized.values())
         path_of = {id(_value(leaf)): path for path, leaf in boxed.items()}
 
+        raw = []
+
         def substitute(variables):
+            raw.append(variables)
             flat = traverse_util.flatten_dict(variables.get("params", {}))
             for key, leaf in flat.items():
                 # Several parts come one by one, without their names.
@@ -396,35 +465,56 @@ class SpectralNorm(nn.Module):
                     flat[key] = leaf.replace_boxed(w) if box else w
             return {**variables, "params": traverse_util.unflatten_dict(flat)}
 
+        def restore(variables):
+            return raw.pop(0)  # the parts come in order
+
         run = nn.map_variables(
             lambda layer: layer(*args, **kwargs),
             "params",
             trans_in_fn=substitute,
+            trans_out_fn=restore if written is None else lambda variables: variables,
             init=False,
-            mutable=written is not None,
+            # At init a layer that maps its own parameters (nn.WeightNorm) needs to write them.
+            mutable=written is not None or self.is_initializing(),
         )
-        with nn.intercept_methods(self._scaled_products({} if written is not None else leaves)):
+        if written is not None:
+            return run(layer)
+        paths = {part.path: prefix for prefix, part in parts}
+        with nn.intercept_methods(self._intercepted(leaves, changed, paths)):
             return run(layer)
 
     @nn.nowrap
-    def _scaled_products(self, leaves):
-        """A method interceptor: dense layers of these kernels scale their products."""
-        depth = len(self.layer_instance.path)
+    def _intercepted(self, leaves, changed, paths):
+        """A method interceptor: dense layers scale their products instead of their kernels, and
+        kernels that change on the way are normalized at the product.
+
+        Args:
+          leaves: path -> Leaf.
+          changed: ``_Changed``, of the kernels that change; None for a layer without any.
+          paths: module path of each part of the layer -> its path here.
+        """
 
         def intercept(next_fun, args, kwargs, context):
-            dense = context.module
-            leaf = leaves.get("/".join((*dense.path[depth:], "kernel")))
-            if (
-                leaf is None
-                or context.method_name != "__call__"
-                or type(dense) not in _DENSE
-                or not _core.is_plain_product(dense, _DENSE[type(dense)])
-                # Inside nn.jit and the like an array from out here would be a leak.
-                or dense.scope.trace_level != self.scope.trace_level
-            ):
+            layer, kind = context.module, _kind(context.module)
+            inside = next((p for p in paths if layer.path[: len(p)] == p), None)
+            # Inside nn.jit and the like an array from out here would be a leak.
+            here = layer.scope is not None and layer.scope.trace_level == self.scope.trace_level
+            if kind is None or inside is None or not here or context.method_name == "setup":
                 return next_fun(*args, **kwargs)
-            scaled = dense.clone(parent=dense.scope, dot_general=_core.scaled_product(leaf))
-            return scaled(*args, **kwargs)
+            name, _ = _ADAPTERS[kind]
+            path = "/".join((*paths[inside], *layer.path[len(inside) :], name))
+            if changed is not None and path in changed.views:
+                with _at_product(layer, lambda kernel, x: changed(path, kernel)):
+                    return next_fun(*args, **kwargs)
+            if (
+                path in leaves
+                and context.method_name == "__call__"
+                and type(layer) in _DENSE
+                and _core.is_plain_product(layer, _DENSE[type(layer)])
+            ):
+                with _attribute(layer, "dot_general", _core.scaled_product(leaves[path])):
+                    return next_fun(*args, **kwargs)
+            return next_fun(*args, **kwargs)
 
         return intercept
 
@@ -432,17 +522,22 @@ class SpectralNorm(nn.Module):
         init = nn.initializers.ones
         return self.param(self._key(path, "scale"), init, view.batch_shape(shape), self.param_dtype)
 
-    def _normalized(self, params, others, args, kwargs, update_stats):
-        """path -> Leaf; stores the new statistics if told to."""
-        tree = traverse_util.unflatten_dict({tuple(k.split("/")): w for k, w in params.items()})
-        found = self._views(params, {**others, "params": tree}, args, kwargs)
-        state = {path: self._stored(path, params[path], view) for path, view in found.items()}
+    @nn.nowrap
+    def _normalized(self, params, views, bounds, update_stats):
+        """path -> Leaf; stores the new statistics if told to.
+
+        Args:
+          params: path -> kernel, as stored or as it enters its product.
+          views: path -> view, of those to normalize.
+          bounds: path -> bound.
+        """
+        state = {path: self._stored(path, params[path], view) for path, view in views.items()}
         leaves = _core.normalized_leaves(
-            {path: params[path] for path in found}, state,
-            n_steps=self._steps,
-            bound=self.bound, mode=self.mode, gradient=self.gradient,
+            {path: params[path] for path in views}, state,
+            n_steps=self._steps, bound={path: bounds[path] for path in views},
+            mode=self.mode, gradient=self.gradient,
         )  # fmt: skip
-        for path, view in found.items():
+        for path, view in views.items():
             if not self.stateless and not self.is_initializing():
                 self._store(path, state[path], leaves[path].singular, update_stats)
             if self.use_scale:
@@ -452,7 +547,9 @@ class SpectralNorm(nn.Module):
                 leaves[path] = leaves[path].cast(self.dtype)
         return leaves
 
-    def _views(self, params, variables, args, kwargs):
+    @nn.nowrap
+    def _views(self, params, tree, others, args, kwargs, task):
+        """``_flax.Resolved``: what is normalized as stored, and what where it enters a product."""
         if self.error_on_non_matrix:
             for path, w in params.items():
                 if path.rpartition("/")[2] in _core.WEIGHT_NAMES and w.ndim > 2:
@@ -460,18 +557,19 @@ class SpectralNorm(nn.Module):
                         f"{self.layer_instance.name}/{path} has shape {w.shape} and "
                         "error_on_non_matrix is True; leave it False to normalize it."
                     )
-        direct = _layer_views(self.layer_instance, args, kwargs, self.conv)
+        direct = _stock_view(self.layer_instance, args, kwargs, self.conv)
         if direct:
-            found = {path: {view} for path, view in direct.items()}
+            seen = {path: {view} for path, view in direct.items()}
+            uses, beside = _trace.Uses(seen, frozenset(), frozenset(params)), {}
         else:
             # A block of several layers: one abstract evaluation of a detached copy of it.
             layer = self.layer_instance.clone(parent=None)
             rngs = {name: jax.random.key(0) for name in self.scope.root.rngs}
-            found = _traced(layer, variables, args, kwargs, self.conv, rngs, None)
-            for path, w in params.items():
-                if path.rpartition("/")[2] in _core.WEIGHT_NAMES and w.ndim == 2:
-                    found.setdefault(path, {Matrix()})
-        return _core.resolve_views(params, found, self.rules, f"SpectralNorm around {self._layer}")
+            # Traced, so that what changes from call to call is no constant.
+            others = jax.tree.map(jax.typeof, others)
+            uses, beside = _traced(layer, tree, others, args, kwargs, self.conv, rngs, None)
+        who = f"SpectralNorm around {self._layer}"
+        return _flax.resolve(params, uses, beside, self.rules, who, task)
 
     def _key(self, path, name):
         return f"{self.layer_instance.name}/{path}/{name}"
@@ -515,3 +613,27 @@ class SpectralNorm(nn.Module):
             for name in ("u", "sigma"):
                 value = _core.chosen(update_stats, getattr(new, name), getattr(old, name))
                 self.put_variable(self.collection_name, self._key(path, name), value)
+
+
+class _Changed:
+    """The kernels of one call that are not what is stored, normalized at their products.
+
+    Args:
+      wrapper: the SpectralNorm.
+      views: path -> view of the kernel that enters the product.
+      bounds: path -> bound.
+      update_stats: as in the wrapper's call.
+    """
+
+    def __init__(self, wrapper, views, bounds, update_stats):
+        self.wrapper, self.views, self.bounds = wrapper, views, bounds
+        self.update_stats, self.leaves = update_stats, {}
+
+    def __call__(self, path: str, kernel: jax.Array) -> jax.Array:
+        view = self.views[path]
+        if path in self.leaves:  # one update, however often the layer runs
+            return view.scale(kernel, self.leaves[path].factor)
+        self.leaves |= self.wrapper._normalized(
+            {path: kernel}, {path: view}, self.bounds, self.update_stats
+        )
+        return self.leaves[path].scaled

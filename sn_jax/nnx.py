@@ -1,16 +1,20 @@
 """Spectral normalization for Flax NNX: whole-model views, a drop-in wrapper, and export."""
 
 import inspect
-from functools import cache, partial
+from collections.abc import Callable
+from contextvars import ContextVar
+from functools import cache, lru_cache, partial
 from types import SimpleNamespace
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
+from flax.nnx.nn.dtypes import promote_dtype
 
-from sn_jax import _core, _trace
-from sn_jax._views import Matrix, View
+from sn_jax import _core, _flax, _trace
+from sn_jax._views import Matrix, Scaled, View
 
 ConvView = Literal["reshape", "operator"]
 
@@ -51,69 +55,94 @@ def views(
       layers/0/kernel Matrix(in_axes=(0, 1, 2), out_axes=(3,))
       layers/1/kernel Matrix(in_axes=(0,), out_axes=(1,))
     """
-    copy = nnx.clone(model)
-    for _, layer in nnx.iter_modules(copy):
-        if type(layer) in _ADAPTERS:
-            layer.promote_dtype = _Tagging(layer.promote_dtype, layer, conv)
-    graphdef, state = nnx.split(copy)
-    variables = {_name(path): (path, v) for path, v in nnx.to_flat_state(state)}
-    leaves = {name: jax.eval_shape(lambda v=v: v[...]) for name, (_, v) in variables.items()}
-    arrays, rebuild = _trace.split_arrays(args, kwargs)
-
-    def call(leaves, arrays):
-        flat = [(path, v.replace(leaves[name])) for name, (path, v) in variables.items()]
-        args, kwargs = rebuild(arrays)
-        nnx.merge(graphdef, nnx.from_flat_state(flat))(*args, **kwargs)
-
-    found = _trace.views_of(call, leaves, arrays)
-    params = {name: leaves[name] for name, (_, v) in variables.items() if isinstance(v, nnx.Param)}
-    return _core.resolve_views(params, found, rules, "sn_jax.nnx.views")
+    graphdef, state = nnx.split(model)
+    params = _params(state)
+    uses, beside = _uses(graphdef, state, args, kwargs, conv, "__call__", constants=True)
+    return _flax.resolve(params, uses, beside, rules, "sn_jax.nnx.views").views
 
 
 def _name(path: tuple) -> str:
     return "/".join(map(str, path))
 
 
-class _Tagging:
-    """A layer's ``promote_dtype`` that tags its kernel first.
+def _array(v: Any) -> jax.Array:
+    """The array (or its type) of a variable, or of an attribute that is one."""
+    raw = _raw(v)
+    return v[...] if isinstance(v, nnx.Variable) and isinstance(raw, jax.Array) else raw
 
-    It sees the kernel where the layer uses it, inside every transformation. Compared by
-    identity: it is a static attribute of a copy that lives for one trace.
+
+def _with_array(v: Any, array: jax.Array) -> Any:
+    return v.replace(array) if isinstance(v, nnx.Variable) else array
+
+
+def _params(state: nnx.State) -> dict[str, jax.Array]:
+    return {_name(path): _array(v) for path, v in nnx.to_flat_state(state)
+            if isinstance(v, nnx.Param)}  # fmt: skip
+
+
+def _uses(graphdef, state, args, kwargs, conv, method, *, constants: bool):
+    """How a call of a model's method uses its parameters, and what layers made from stock ones
+    have beside kernels.
+
+    Args:
+      graphdef, state: the model; nothing in it is changed.
+      args, kwargs: of the call.
+      conv: as in ``views``.
+      constants: whether arrays that are no parameters (masks, statistics) keep their values.
     """
+    variables = {_name(path): (path, v) for path, v in nnx.to_flat_state(state)}
+    leaves = {name: _array(v) for name, (_, v) in variables.items() if isinstance(v, nnx.Param)}
+    others = {name: _array(v) for name, (_, v) in variables.items() if name not in leaves}
+    arrays, rebuild = _trace.split_arrays(args, kwargs)
+    beside: dict[str, str] = {}
 
-    def __init__(self, promote_dtype, layer, conv):
-        # Plain attributes only: the layer itself would be a leaked reference to its arrays.
-        self.promote_dtype, self.conv = promote_dtype, conv
-        self.kind = type(layer)
-        self.static = {name: value for name, value in vars(layer).items()
-                       if not isinstance(value, nnx.Variable)}  # fmt: skip
+    def call(leaves, traced):
+        arrays, known = traced
+        values = {**(others if constants else known), **leaves}
+        flat = [(path, _with_array(v, values[name])) for name, (path, v) in variables.items()]
+        model = nnx.merge(graphdef, nnx.from_flat_state(flat))
+        for path, layer in nnx.iter_modules(model):
+            kind = _kind(layer)
+            if isinstance(layer, nnx.LoRA) or (kind is not None and type(layer) is not kind):
+                beside.update(_beside_kernel(path, layer))
+            if kind is not None:
+                name = _name((*path, _ADAPTERS[kind].name))
+                _at_product(layer, _mark(layer, kind, conv, name))
+        args, kwargs = rebuild(arrays)
+        getattr(model, method)(*args, **kwargs)
 
-    def __call__(self, arrays, **kwargs):
-        position = 0 if len(arrays) == 1 else 1  # (embedding,), (query, embedding), (x, kernel, _)
-        layer = SimpleNamespace(**self.static)
-        adapter, _ = _ADAPTERS[self.kind]
-        view = adapter(layer, _spatial(layer, arrays[0]), self.conv)
-        if view is not None:
-            _trace.tag(arrays[position], view)
-        return self.promote_dtype(arrays, **kwargs)
+    known = {} if constants else others
+    weights = _flax.weight_paths(leaves)
+    return _trace.uses_of(call, leaves, weights, (arrays, known)), beside
 
 
-def _spatial(layer, x) -> tuple[int, ...] | None:
-    """Spatial size of a convolution's input; ``x`` has been padded for some paddings."""
-    kernel_size = getattr(layer, "kernel_size", None)
-    if kernel_size is None:
-        return None
-    kernel_size = (kernel_size,) if isinstance(kernel_size, int) else kernel_size
-    n = len(kernel_size)
-    size = x.shape[-n - 1 : -1]
-    if layer.padding in ("CIRCULAR", "REFLECT", "CAUSAL") and not hasattr(
-        layer, "transpose_kernel"
-    ):
-        dilation = layer.kernel_dilation or 1
-        dilation = (dilation,) * n if isinstance(dilation, int) else dilation
-        reach = [(k - 1) * d for k, d in zip(kernel_size, dilation, strict=True)]
-        size = [s - r for s, r in zip(size, reach, strict=True)]
-    return tuple(size)
+def _kind(layer: nnx.Module) -> type | None:
+    """The stock layer that ``layer`` is, or is made from."""
+    return next((kind for kind in _ADAPTERS if isinstance(layer, kind)), None)
+
+
+def _beside_kernel(path, layer) -> dict[str, str]:
+    """Paths of what a layer made from a stock one has beside kernel and bias, with its name."""
+    own = ("kernel",), ("embedding",), ("bias",)
+    flat = nnx.to_flat_state(nnx.state(layer, nnx.Param))
+    return {_name((*path, *key)): type(layer).__name__ for key, _ in flat if key not in own}
+
+
+def _mark(layer, kind, conv, name):
+    # Plain attributes only: the layer itself would be a leaked reference to its arrays.
+    static = SimpleNamespace(**{key: value for key, value in vars(layer).items()
+                                if not isinstance(value, nnx.Variable | jax.Array)})  # fmt: skip
+    adapter = _ADAPTERS[kind].view
+
+    def mark(kernel, x):
+        return _trace.tag(kernel, adapter(static, _flax.input_size(static, x), conv), name)
+
+    return mark
+
+
+def _at_product(layer: nnx.Module, change) -> None:
+    """The layer's kernel is changed where it enters the product, at every call from now on."""
+    layer.promote_dtype = _flax.AtProduct(layer.promote_dtype, promote_dtype, change)
 
 
 def _dense(layer, size, conv):
@@ -125,28 +154,79 @@ def _linear_general(layer, size, conv):
     return Matrix(tuple(range(b, b + i)), tuple(range(b + i, b + i + o)))
 
 
-# View and number of kernel axes, by exact type: a subclass may do anything with its kernel.
+class _Adapter(NamedTuple):
+    name: str  # of the kernel
+    view: Callable  # of (layer, spatial size of the input, conv)
+    n_axes: Callable  # of the kernel, from the layer
+
+
 _ADAPTERS = {
-    nnx.Linear: (_dense, lambda layer: 2),
-    nnx.LinearGeneral: (
+    nnx.Linear: _Adapter("kernel", _dense, lambda layer: 2),
+    nnx.LinearGeneral: _Adapter(
+        "kernel",
         _linear_general,
         lambda layer: len((*layer.batch_axis, *layer.in_features, *layer.out_features)),
     ),
-    nnx.Einsum: (
-        lambda layer, size, conv: _trace.einsum_view(layer.einsum_str),
+    nnx.Einsum: _Adapter(
+        "kernel",
+        lambda layer, size, conv: _flax.einsum_view(layer.einsum_str),
         lambda layer: len(layer.kernel_shape),
     ),
-    nnx.Embed: (_dense, lambda layer: 2),
-    nnx.Conv: (partial(_trace.conv_view, transpose=False), lambda layer: 2 + _spatial_ndim(layer)),
-    nnx.ConvTranspose: (
-        partial(_trace.conv_view, transpose=True),
-        lambda layer: 2 + _spatial_ndim(layer),
+    nnx.Embed: _Adapter("embedding", _dense, lambda layer: 2),
+    nnx.Conv: _Adapter(
+        "kernel",
+        partial(_flax.conv_view, transpose=False),
+        lambda layer: 2 + _flax.spatial_ndim(layer),
+    ),
+    nnx.ConvTranspose: _Adapter(
+        "kernel",
+        partial(_flax.conv_view, transpose=True),
+        lambda layer: 2 + _flax.spatial_ndim(layer),
     ),
 }
 
 
-def _spatial_ndim(layer) -> int:
-    return 1 if isinstance(layer.kernel_size, int) else len(layer.kernel_size)
+def _is_known(layer: nnx.Module) -> bool:
+    """Whether a layer is Flax's own and multiplies by what it stores: no trace is needed."""
+    if type(layer) in _ADAPTERS:
+        return all(
+            any(getattr(layer, name, None) is value for value in (None, *stock))
+            for name, stock in _STOCK_PRODUCTS.items()
+        )
+    return type(layer).__module__.startswith("flax.nnx") and not isinstance(layer, nnx.WeightNorm)
+
+
+# Attributes by which a layer's product can be its own, and their values that are Flax's.
+_STOCK_PRODUCTS = dict.fromkeys(_core.PRODUCT, ()) | {
+    "promote_dtype": (promote_dtype,),
+    "dot_general": (jax.lax.dot_general,),
+    "conv_general_dilated": (jax.lax.conv_general_dilated,),
+}
+
+
+def _lora_groups(model: nnx.Module) -> dict[str, tuple[str | None, str, str]]:
+    """Path of the state -> paths (kernel, a, b) of the layers that act as kernel + a b."""
+    groups, inside = {}, set()
+    for path, layer in nnx.iter_modules(model):
+        if isinstance(layer, nnx.LoRALinear):
+            a, b = (_name((*path, "lora", name)) for name in ("lora_a", "lora_b"))
+            groups[_name((*path, "kernel"))] = _name((*path, "kernel")), a, b
+            inside.add(a)
+        elif isinstance(layer, nnx.LoRA):
+            a, b = (_name((*path, name)) for name in ("lora_a", "lora_b"))
+            base, kernel = layer.base_module, _name((*path, "base_module", "kernel"))
+            if base is None:
+                groups[b] = None, a, b
+            elif type(base) is nnx.Linear:
+                groups[kernel] = kernel, a, b
+            else:
+                raise ValueError(
+                    f"SpectralNorm: the LoRA {_name(path) or 'at the root'} adds to a "
+                    f"{type(base).__name__}, and the norm of the sum is not seen; normalize an "
+                    "nnx.Linear with LoRA, or merge the adapter into the model first."
+                )
+    # A LoRALinear holds a LoRA without a base.
+    return {name: group for name, group in groups.items() if group[0] or group[1] not in inside}
 
 
 class SpectralStat(nnx.BatchStat):
@@ -235,28 +315,37 @@ class SpectralNorm(nnx.Module):
         # The name that flax's .train() and .eval() set on modules.
         self.use_running_average = not update_stats
 
-        params = {_name(path): v[...] for path, v in
-                  nnx.to_flat_state(nnx.state(layer_instance, nnx.Param))}  # fmt: skip
+        params = _params(nnx.state(layer_instance, nnx.Param))
         found = {}
         for path, layer in nnx.iter_modules(layer_instance):
-            for name in ("kernel", "embedding"):
-                key = _name((*path, name))
-                if key not in params or type(layer) not in _ADAPTERS:
-                    continue
-                if error_on_non_matrix and params[key].ndim > 2:
-                    raise ValueError(
-                        f"{what}: {key} has shape {params[key].shape} and error_on_non_matrix is "
-                        "True; leave it False to normalize it."
-                    )
-                adapter, n_axes = _ADAPTERS[type(layer)]
-                if params[key].ndim == n_axes(layer):  # not stacked
-                    found[key] = {adapter(layer, None, "reshape")}
+            kind = _kind(layer)
+            key = _name((*path, _ADAPTERS[kind].name)) if kind else None
+            if key not in params:
+                continue
+            if error_on_non_matrix and params[key].ndim > 2:
+                raise ValueError(
+                    f"{what}: {key} has shape {params[key].shape} and error_on_non_matrix is "
+                    "True; leave it False to normalize it."
+                )
+            if params[key].ndim == _ADAPTERS[kind].n_axes(layer):  # not stacked
+                found[key] = {_ADAPTERS[kind].view(layer, None, "reshape")}
         for key, w in params.items():
-            if key.rpartition("/")[2] in _core.WEIGHT_NAMES and w.ndim == 2:
+            if key in _flax.weight_paths(params) and w.ndim == 2:
                 found.setdefault(key, {Matrix()})
-        resolved = _core.resolve_views(params, found, rules, what)
+        self.loras = tuple(sorted(_lora_groups(layer_instance).items()))
+        found |= {key: {_LORA} for key, _ in self.loras}
+        uses = _trace.Uses(found, frozenset(), frozenset(params))
+        resolved = _flax.resolve(params, uses, {}, rules, what).views
+        # Where a layer may change its kernel on the way to the product, each call is looked at,
+        # unless the rules say how to see every kernel.
+        given = _core.compile_rules(rules, params)
+        self.known = all(given(path, None) is not None for path in resolved) or all(
+            _is_known(layer) for _, layer in nnx.iter_modules(layer_instance)
+        )
         self.views = tuple(sorted(resolved.items()))  # hashable: a static attribute
         self.ndims = tuple((path, params[path].ndim) for path in sorted(resolved))
+        self.warmup, self.rules = warmup, tuple((rules or {}).items())
+        params = self._effective(params)
 
         state = {}
         if not stateless:
@@ -265,7 +354,9 @@ class SpectralNorm(nnx.Module):
         for path, singular in state.items():
             node = _descend(stats, path)
             node["u"] = SpectralStat(singular.u.astype(param_dtype))
-            node["sigma"] = SpectralStat(singular.sigma.astype(param_dtype))
+            # Zero until what enters the product has been seen: the first call warms up then.
+            sigma = singular.sigma if self.known else jnp.zeros_like(singular.sigma)
+            node["sigma"] = SpectralStat(sigma.astype(param_dtype))
         self.batch_stats = nnx.data(stats)
         scales: dict[str, Any] = {}
         for path, view in self.views if use_scale else ():
@@ -312,46 +403,121 @@ class SpectralNorm(nnx.Module):
         """A method of the layer, on a copy with normalized kernels."""
         if update_stats is None:
             update_stats = not self.use_running_average
+        if _trace.looking.get():  # views are of the stored kernels
+            return getattr(self.layer_instance, method)(*args, **kwargs)
         graphdef, state = nnx.split(self.layer_instance)
         variables = dict(nnx.to_flat_state(state))
-        leaves = self._normalized(variables, update_stats)
-        for path, leaf in leaves.items():
-            variables[path] = variables[path].replace(leaf.scaled)
-        before = {path: v.get_raw_value() for path, v in variables.items()}
-        copy = nnx.merge(graphdef, nnx.from_flat_state(list(variables.items())))
+        seen = self._seen(graphdef, state, args, kwargs, method)
+        leaves = self._normalized(variables, seen.views, update_stats)
+        replaced = self._replaced(variables, leaves)
+        for path, v in variables.items():
+            if _name(path) in seen.at_product:  # the layer may write to it, as nnx.WeightNorm does
+                replaced[path] = _with_array(v, _array(v))
+        before = {path: _raw(v) for path, v in replaced.items()}
+        copy = nnx.merge(graphdef, nnx.from_flat_state(list(replaced.items())))
         # Inside other layers nnx.jit and the like may run, where an array from out here is a leak.
-        if type(copy) in (*_dense_layers(), nnx.MultiHeadAttention):
-            for path, layer in nnx.iter_modules(copy):
-                leaf, stock = leaves.get((*path, "kernel")), _dense_layers().get(type(layer))
-                if leaf and stock and _core.is_plain_product(layer, stock):
-                    layer.dot_general = _core.scaled_product(leaf)
+        scaled = type(copy) in (*_dense_layers(), nnx.MultiHeadAttention)
+        for path, layer in nnx.iter_modules(copy):
+            kind, stock = _kind(layer), _dense_layers().get(type(layer))
+            name = _name((*path, _ADAPTERS[kind].name)) if kind else None
+            if name in seen.at_product:
+                _at_product(layer, self._normalizer(name, seen.at_product[name], update_stats))
+            elif scaled and stock and name in leaves and _core.is_plain_product(layer, stock):
+                layer.dot_general = _core.scaled_product(leaves[name])
         out = getattr(copy, method)(*args, **kwargs)
         # What the call changed (batch statistics, counters, sown values) goes back to the layer.
         changed = [
             (path, v) for path, v in nnx.to_flat_state(nnx.state(copy))
-            if path not in leaves and before.get(path) is not v.get_raw_value()
+            if replaced.get(path) is variables.get(path) and before.get(path) is not _raw(v)
         ]  # fmt: skip
         if changed:
             nnx.update(self.layer_instance, nnx.from_flat_state(changed))
         return out
 
-    def _normalized(self, variables, update_stats) -> dict[tuple, _core.Leaf]:
+    def _seen(self, graphdef, state, args, kwargs, method) -> _flax.Resolved:
+        """What this call normalizes, and how."""
+        if self.known:
+            return _flax.Resolved(dict(self.views), {})
+        who = f"SpectralNorm around {type(self.layer_instance).__name__}"
+        baking = _baking.get()
+        if baking is not None:
+            options = method, self.loras, self.rules, "bake", who
+            seen = baking[id(self.layer_instance)] = _resolved(
+                graphdef, state, args, kwargs, *options
+            )
+            return seen
+        leaves, treedef = jax.tree.flatten((state, args, kwargs))
+        types = tuple(jax.typeof(x) if isinstance(x, jax.Array | np.ndarray) else x for x in leaves)
+        seen = _resolved_types(
+            graphdef, types, treedef, method, self.loras, self.rules, "wrap", who
+        )
+        unknown = {*seen.views, *seen.at_product} - {path for path, _ in self.views}
+        if unknown:
+            raise ValueError(
+                f"{who} has no state for {_core.listed(sorted(unknown))}, which this call uses as "
+                "kernels: name them by rules when it is made, with sn_jax.nnx.views(layer, x)."
+            )
+        return seen
+
+    def _normalizer(self, name, view, update_stats):
+        """For a kernel that is normalized where it enters its product: kernel, x -> kernel."""
+        done = {}
+
+        def normalize(kernel, x):
+            if done:  # one update, however often the layer runs
+                return view.scale(kernel, done["leaf"].factor)
+            done["leaf"] = self._leaf(name, kernel, view, update_stats, warm=True)
+            return done["leaf"].scaled
+
+        return normalize
+
+    def _normalized(self, variables, views, update_stats) -> dict[str, _core.Leaf]:
         """Path -> Leaf; stores the new state if ``update_stats``."""
-        paths = {_name(path): path for path in variables}
-        params = {name: variables[paths[name]][...] for name, _ in self.views}
-        state = {name: self._stored(name, params[name], view) for name, view in self.views}
-        leaves = _core.normalized_leaves(
-            params, state,
-            n_steps=self.n_steps, bound=self.bound, mode=self.mode, gradient=self.gradient,
-        )  # fmt: skip
-        for name, _ in self.views:
-            self._store(name, state[name], leaves[name].singular, update_stats)
-            if self.scales:
-                scale = _descend(self.scales, name)["scale"][...]
-                leaves[name] = leaves[name].rescaled(scale)
-            if self.dtype is not None:
-                leaves[name] = leaves[name].cast(self.dtype)
-        return {paths[name]: leaf for name, leaf in leaves.items()}
+        params = self._effective({_name(path): _array(v) for path, v in variables.items()})
+        return {
+            name: self._leaf(name, params[name], view, update_stats, warm=isinstance(view, Scaled))
+            for name, view in views.items()
+        }
+
+    def _effective(self, params):
+        """Parameters with kernel + a b in place of what LoRA adds to."""
+        sums = {}
+        for name, (kernel, a, b) in self.loras:
+            product = params[a] @ params[b]
+            sums[name] = product if kernel is None else params[kernel] + product
+        return {**params, **sums}
+
+    def _leaf(self, name, w, view, update_stats, *, warm: bool) -> _core.Leaf:
+        """One normalized kernel; ``warm`` if the stored vectors may be those of another matrix,
+        as long as sigma is zero."""
+        n_steps, old = self.n_steps, self._stored(name, w, view)
+        if warm and not self.stateless and not self.known:
+            first = jnp.all(old.sigma == 0)
+            n_steps = jnp.where(first, max(n_steps, self.warmup), n_steps)
+        bounds = _core.bounds_by_path(self.bound, dict(self.views))
+        leaf = _core.normalized_leaves(
+            {name: w}, {name: old},
+            n_steps=n_steps, bound={name: bounds[name]}, mode=self.mode, gradient=self.gradient,
+        )[name]  # fmt: skip
+        self._store(name, old, leaf.singular, update_stats)
+        if self.scales:
+            leaf = leaf.rescaled(_descend(self.scales, name)["scale"][...])
+        return leaf if self.dtype is None else leaf.cast(self.dtype)
+
+    def _replaced(self, variables, leaves) -> dict[tuple, Any]:
+        """The layer's variables with normalized kernels."""
+        scaled = {name: leaf.scaled for name, leaf in leaves.items()}
+        loras, arrays = dict(self.loras), {_name(path): _array(v) for path, v in variables.items()}
+        for name in loras.keys() & leaves.keys():
+            kernel, _, b = loras[name]
+            leaf = leaves[name]
+            scaled.pop(name)
+            for part in filter(None, (kernel, b)):  # kernel + a b, each times the factor
+                scaled[part] = leaf.singular.view.scale(arrays[part], leaf.factor)
+        return {
+            path: _with_array(v, scaled[_name(path)]) if _name(path) in scaled else v
+            for path, v in variables.items()
+        }
 
     def _stored(self, name, w, view):
         """The state of one kernel: u and sigma as stored; v to be iterated from u."""
@@ -365,6 +531,32 @@ class SpectralNorm(nnx.Module):
             stats = _descend(self.batch_stats, name)
             for key in ("u", "sigma"):
                 stats[key][...] = _core.chosen(update_stats, getattr(new, key), getattr(old, key))
+
+
+# By the layer's identity what a call of it uses; None where no call is looked at for ``bake``.
+_baking: ContextVar[dict[int, _flax.Resolved] | None] = ContextVar("_baking", default=None)
+_LORA = Matrix(0, 1)
+
+
+def _resolved(graphdef, state, args, kwargs, method, loras, rules, task, who) -> _flax.Resolved:
+    """What a call normalizes; constants only for "bake", as others may change between calls."""
+    constants = task == "bake"
+    uses, beside = _uses(graphdef, state, args, kwargs, "reshape", method, constants=constants)
+    for _, (_, a, b) in loras:
+        beside.pop(a, None)
+        beside.pop(b, None)
+    seen = _flax.resolve(_params(state), uses, beside, dict(rules), who, task)
+    return seen._replace(views={name: _LORA for name, _ in loras} | seen.views)
+
+
+@lru_cache(maxsize=256)
+def _resolved_types(graphdef, types, treedef, *options) -> _flax.Resolved:
+    """The same, looked at once for all calls with arrays of these types."""
+    return _resolved(graphdef, *treedef.unflatten(types), *options)
+
+
+def _raw(v: Any) -> Any:
+    return v.get_raw_value() if isinstance(v, nnx.Variable) else v
 
 
 @cache
@@ -413,17 +605,20 @@ def wrap(
     return SpectralNorm(model, rules=rules, rngs=rngs, **options)
 
 
-def bake(model: nnx.Module) -> nnx.Module:
+def bake(model: nnx.Module, *args: Any, **kwargs: Any) -> nnx.Module:
     """The plain model, without any SpectralNorm, that gives the same outputs in eval.
 
     Args:
       model: a model with SpectralNorm wrappers anywhere, or wrapped at the root; not changed.
+      *args, **kwargs: of a call of the model. Needed where a wrapped layer is not Flax's own and
+        no rules say how its kernels act: a call shows that.
 
     Returns:
       nnx.Module: a copy in which each wrapper is its layer, with kernels ``W / sigma``.
 
     Raises:
-      ValueError: the model holds no SpectralNorm.
+      ValueError: the model holds no SpectralNorm; a layer changes its kernel on the way to the
+        product other than by constants, so that no stored kernel gives the same outputs.
 
     Example:
       >>> rngs = nnx.Rngs(0)
@@ -437,20 +632,44 @@ def bake(model: nnx.Module) -> nnx.Module:
         raise ValueError(
             f"bake found no sn_jax.nnx.SpectralNorm in this {type(model).__name__}: it is plain."
         )
+    copy, seen = nnx.clone(model), {}
+    place = {_name(path): id(layer.layer_instance) for path, layer in nnx.iter_modules(copy)
+             if isinstance(layer, SpectralNorm)}  # fmt: skip
+    if args or kwargs:
+        copy.eval()
+        token = _baking.set(seen)
+        try:
+            copy(*args, **kwargs)
+        finally:
+            _baking.reset(token)
 
     def plain(path, node):
         if not isinstance(node, SpectralNorm):
             return node
+        where = f"bake: the SpectralNorm {_name(path) or 'at the root'}"
         if node.is_stacked():
             raise ValueError(
-                f"bake: the SpectralNorm {_name(path) or 'at the root'} is a stack made by "
+                f"{where} is a stack made by "
                 "nnx.vmap, of which each element normalizes its own kernel: call bake inside "
                 "nnx.vmap, nnx.vmap(sn_jax.nnx.bake)(model)."
             )
+        if node.loras:
+            raise ValueError(
+                f"{where} normalizes kernel + a b of LoRA ({', '.join(dict(node.loras))}), which "
+                "is no stored kernel: merge the adapter into the kernel first."
+            )
+        views = dict(node.views)
+        if not node.known:
+            if place[_name(path)] not in seen:
+                raise ValueError(
+                    f"{where} is around {type(node.layer_instance).__name__}, which may change a "
+                    "kernel before its product: call bake(model, x) with the arguments of a call "
+                    "that runs it, or wrap it with rules from sn_jax.nnx.views."
+                )
+            views = seen[place[_name(path)]].views
         graphdef, state = nnx.split(node.layer_instance)
         variables = dict(nnx.to_flat_state(state))
-        for path, leaf in node._normalized(variables, update_stats=False).items():
-            variables[path] = variables[path].replace(leaf.scaled)
+        variables = node._replaced(variables, node._normalized(variables, views, False))
         return nnx.merge(graphdef, nnx.from_flat_state(list(variables.items())))
 
-    return nnx.recursive_map(plain, nnx.clone(model))
+    return nnx.recursive_map(plain, copy)

@@ -1,0 +1,233 @@
+"""What the two Flaxes share: how layers are seen, and what wrappers do to their products."""
+
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, NamedTuple
+
+import jax.numpy as jnp
+
+from sn_jax import _core, _trace
+from sn_jax._views import Conv, Matrix, View
+
+
+class AtProduct:
+    """A layer's ``promote_dtype`` that changes its kernel where the layer is about to use it.
+
+    Compared by identity: it is on a layer for one call or one trace.
+
+    Args:
+      promote_dtype: the layer's own.
+      stock: Flax's. Any other may change the kernel itself, and goes first.
+      change: ``change(kernel, x)`` -> kernel.
+    """
+
+    def __init__(self, promote_dtype: Callable, stock: Callable, change: Callable):
+        self.promote_dtype, self.change = promote_dtype, change
+        self.is_stock = promote_dtype is stock
+
+    def __call__(self, *args, **kwargs):
+        packed = isinstance(args[0], tuple)  # nnx: one tuple; linen: one by one
+        arrays = args[0] if packed else args
+        arrays = self._changed(arrays) if self.is_stock else arrays
+        arrays = self.promote_dtype(*((arrays,) if packed else arrays), **kwargs)
+        return arrays if self.is_stock else self._changed(arrays)
+
+    def _changed(self, arrays):
+        # (embedding,), (query, embedding) or (x, kernel, bias)
+        x, place = arrays[0], min(1, len(arrays) - 1)
+        return (*arrays[:place], self.change(arrays[place], x), *arrays[place + 1 :])
+
+
+# Views of the layers that both Flaxes have, from attributes that both name alike.
+
+
+def conv_view(layer: Any, input_shape: tuple[int, ...] | None, conv: str, *, transpose: bool):
+    """View of a Conv or ConvTranspose layer's kernel, on inputs of the given spatial size.
+
+    ``conv="reshape"`` is the paper's: taps and input channels by output channels.
+    """
+    n = spatial_ndim(layer)
+    swapped = transpose and layer.transpose_kernel
+    if conv == "reshape":
+        return Matrix((*range(n), n + swapped), n + 1 - swapped)
+    if conv != "operator":
+        raise ValueError(f'conv must be "reshape" or "operator"; got {conv!r}.')
+    options = {
+        "input_shape": input_shape,
+        "strides": layer.strides or 1,
+        "padding": layer.padding,
+        "kernel_dilation": layer.kernel_dilation or 1,
+    }
+    if transpose:
+        return Conv(**options, transpose=True, transpose_kernel=layer.transpose_kernel)
+    return Conv(
+        **options,
+        input_dilation=layer.input_dilation or 1,
+        feature_group_count=layer.feature_group_count,
+    )
+
+
+def spatial_ndim(layer: Any) -> int:
+    """Number of spatial dimensions of a convolutional layer; 0 for others."""
+    kernel_size = getattr(layer, "kernel_size", ())
+    return 1 if isinstance(kernel_size, int) else len(kernel_size)
+
+
+def input_size(layer: Any, x: Any) -> tuple[int, ...]:
+    """Spatial size of a convolution's input, from what enters its product: padded already for
+    some paddings."""
+    n = spatial_ndim(layer)
+    size = x.shape[-n - 1 : -1] if n else ()
+    if not hasattr(layer, "transpose_kernel") and getattr(layer, "padding", None) in (
+        "CIRCULAR", "REFLECT", "CAUSAL",
+    ):  # fmt: skip
+        kernel_size, dilation = layer.kernel_size, layer.kernel_dilation or 1
+        kernel_size = (kernel_size,) if isinstance(kernel_size, int) else kernel_size
+        dilation = (dilation,) * n if isinstance(dilation, int) else dilation
+        reach = [(k - 1) * d for k, d in zip(kernel_size, dilation, strict=True)]
+        size = [s - r for s, r in zip(size, reach, strict=True)]
+    return tuple(size)
+
+
+def einsum_view(einsum_str: str | None) -> Matrix | None:
+    """View of an Einsum layer's kernel, the second operand; None where it is no single matrix."""
+    if not einsum_str:
+        return None
+    inputs, _, output = einsum_str.replace(" ", "").partition("->")
+    x, _, kernel = inputs.partition(",")
+    ins = tuple(i for i, axis in enumerate(kernel) if axis in x and axis not in output)
+    outs = tuple(i for i, axis in enumerate(kernel) if axis not in x and axis in output)
+    summed_alone = any(axis not in x and axis not in output for axis in kernel)
+    return None if summed_alone or "." in kernel or not ins or not outs else Matrix(ins, outs)
+
+
+# From what a call does with its parameters to what is normalized.
+
+
+class Resolved(NamedTuple):
+    """What is normalized how.
+
+    Attributes:
+      views: path -> view of the stored parameter.
+      at_product: path of a layer's kernel -> view of what enters its product, which is computed
+        from stored parameters in a way that a view of them cannot say.
+    """
+
+    views: dict[str, View]
+    at_product: dict[str, View]
+
+
+def weight_paths(leaves: Mapping[str, Any]) -> frozenset[str]:
+    """Paths of the parameters that are weights by their names and number of axes."""
+    return frozenset(
+        path for path, leaf in leaves.items()
+        if path.rpartition("/")[2] in _core.WEIGHT_NAMES and len(jnp.shape(leaf)) >= 2
+    )  # fmt: skip
+
+
+def resolve(
+    leaves: Mapping[str, Any],
+    uses: _trace.Uses,
+    beside: Mapping[str, str],
+    rules: _core.Rules | None,
+    who: str,
+    task: Literal["views", "wrap", "bake"] = "views",
+) -> Resolved:
+    """What to normalize, from what a trace found; rules come first.
+
+    Args:
+      leaves: path -> parameter.
+      uses: of the parameters, by the call.
+      beside: path -> class, of parameters that a layer made from a stock one has beside the
+        stock one's kernel and bias.
+      rules: the user's.
+      who: asks; for the errors.
+      task: "wrap" normalizes changed kernels at their products, and leaves alone what the call
+        does not use; "bake" only the latter; "views" neither.
+
+    Raises:
+      ValueError: one for all weights that are not seen, or act in several ways, or change on the
+        way to the product; nothing to normalize.
+    """
+    view_of, unruled, weights = _core.compile_rules(rules, leaves), object(), weight_paths(leaves)
+    ruled = {path: view_of(path, unruled) for path in leaves}
+    views = {path: view for path, view in ruled.items() if view not in (unruled, None)}
+    problems, at_product, computed = {}, {}, set()
+    for change in sorted(uses.changes, key=lambda change: sorted(change.paths)):
+        rule = ruled.get(change.name, unruled)
+        sources = sorted(change.paths)
+        if task == "wrap" and change.name and change.view and not change.lifted:
+            computed |= change.paths
+            views = {path: view for path, view in views.items() if path != change.name}
+            view = change.view if rule is unruled else rule
+            if view is not None:
+                at_product[change.name] = view
+        elif rule is unruled:
+            blamed = [change.name] if change.name in leaves else sources
+            blamed = [p for p in blamed if p in weights or p == change.name] or sources
+            for path in blamed:
+                if ruled[path] is unruled:
+                    problems[path] = _changed(change, path, task)
+            computed |= change.paths
+    for path, leaf in leaves.items():
+        if ruled[path] is not unruled or path in problems or path in at_product:
+            continue
+        seen = uses.views.get(path, set())
+        if len(seen) > 1:
+            ways = "; ".join(sorted(map(repr, seen)))
+            problems[path] = f"acts in {len(seen)} ways ({ways}): say which one to normalize"
+        elif seen != {None} and seen:
+            (views[path],) = seen
+        elif path in computed or (task != "views" and path not in uses.read):
+            continue
+        elif path in beside and len(jnp.shape(leaf)) >= 2:
+            problems[path] = (
+                f"is a parameter of {beside[path]} beside the kernel, and what it adds to the "
+                "layer's map is not seen"
+            )
+        elif path in weights and path not in uses.read:
+            problems[path] = "is not used by this call"
+        elif path in weights:
+            what = "only a part of it enters" if seen else "it enters none as it is stored"
+            problems[path] = f"cannot be seen as a linear map: of the products of this call {what}"
+    if problems:
+        told = "; ".join(
+            f"{path} of shape {jnp.shape(leaves[path])} {problem}"
+            if path in leaves else f"{path} {problem}"
+            for path, problem in problems.items()
+        )  # fmt: skip
+        first = next(iter(problems))
+        raise ValueError(
+            f"{who}: {told}. Or say how the stored parameter is to be seen, with "
+            f"rules={{{first!r}: sn_jax.Matrix(in_axes, out_axes)}}; None leaves it alone."
+        )
+    if not views and not at_product:
+        raise ValueError(
+            f"{who} finds no kernel to normalize among {_core.listed(leaves)}: wrap or give a "
+            "model that has one, or name one by rules."
+        )
+    return Resolved({path: views[path] for path in leaves if path in views}, at_product)
+
+
+def _changed(change: _trace.Change, path: str, task: str) -> str:
+    ways = ", ".join(change.operations) or "rearrangement"
+    others = sorted(change.paths - {path})
+    ways += f" with {', '.join(others)}" if others else ""
+    said = f"is changed on its way to the product (by {ways})"
+    if change.name is None:
+        return (
+            f"{said}, which no stock layer makes: let one make it, such as a Dense whose `param` "
+            "or `promote_dtype` does the change, with SpectralNorm around it"
+        )
+    if change.view is None:
+        return f"{said}, and its layer is no single linear map"
+    if task == "wrap":
+        return (
+            f"{said} inside a transformation (scan, vmap, jit, remat): put SpectralNorm around "
+            "that layer, inside the transformation"
+        )
+    if task == "bake":
+        return f"{said}, so that no stored kernel gives the same outputs: serve the wrapped model"
+    return (
+        f"{said}, so that dividing it by its norm does not make that of the product 1: put "
+        "SpectralNorm around that layer, which normalizes what enters the product"
+    )
