@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jax.extend.core import ClosedJaxpr, Jaxpr, Literal, Primitive, jaxpr_as_fun
+from jax.extend.core import ClosedJaxpr, Jaxpr, Literal, Primitive
 from jax.interpreters import ad, batching, mlir
 
 from sn_jax._views import Conv, Matrix, Scaled, View
@@ -44,6 +44,11 @@ def tag(w: jax.Array, view: View | None, name: str) -> jax.Array:
     """``w``, marked as the kernel of the layer parameter ``name``, acting the way ``view`` says
     (None: as no single linear map)."""
     return _tag_p.bind(w, view=view, axis_of=tuple(range(w.ndim)), name=name)
+
+
+def seen_as(w: jax.Array) -> jax.Array:
+    """``w``, noted with the axes that a layer knows of: all others were added by ``vmap``."""
+    return _tag_p.bind(w, view=None, axis_of=tuple(range(w.ndim)), name=None)
 
 
 # Whether a model runs to see how it uses its parameters.
@@ -111,7 +116,8 @@ def uses_of(
         if not isinstance(what, Change):
             views.setdefault(path, set()).add(what)
     changes = frozenset(what for what in walk.found.values() if isinstance(what, Change))
-    used = {id(var) for eqn in closed.jaxpr.eqns for var in eqn.invars}
+    used = {id(var) for eqn in closed.jaxpr.eqns for var in eqn.invars
+            if eqn.primitive is not _tag_p or eqn.params["name"]}  # fmt: skip
     read = (path for path, var in zip(shapes, closed.jaxpr.invars, strict=False) if id(var) in used)
     return Uses(views, changes, frozenset(read))
 
@@ -216,6 +222,8 @@ class _Walk:
         self.shapes, self.weights = shapes, weights
         self.found: dict[tuple[int, str], View | Change | None] = {}
         self.tags: dict[tuple[int, str], _Tag] = {}
+        # Axes of a parameter that the layers which read it know of.
+        self.own_axes: dict[str, frozenset[int | None]] = {}
         self.scans = itertools.count()
 
     def program(self, closed: ClosedJaxpr, inputs: Sequence[_Value], lifted: bool) -> list[_Value]:
@@ -304,6 +312,11 @@ class _Walk:
         if not isinstance(x, _Leaf | _Computed):
             return x
         params = eqn.params
+        if params["name"] is None:
+            if isinstance(x, _Leaf):
+                own = frozenset(x.axes[i] for i in params["axis_of"])
+                self.own_axes[x.path] = own & self.own_axes.get(x.path, own)
+            return x
         axis_of, sizes = params["axis_of"], eqn.invars[0].aval.shape
         lifted = lifted or axis_of != tuple(range(len(sizes)))
         if isinstance(x, _Leaf):
@@ -340,8 +353,7 @@ class _Walk:
             if isinstance(x, _Leaf) and eqn.primitive.name == "dot_general":
                 contracted, batch = (dims[i] for dims in eqn.params["dimension_numbers"])
                 free = {*range(len(x.axes))} - {*contracted, *batch}
-                if len(contracted) == len(free) == 1:
-                    self.matrix(eqn, x, eqn.invars[i].aval.shape, (*contracted, *free))
+                self.matrix(eqn, x, eqn.invars[i].aval.shape, contracted, free)
             elif isinstance(x, _Computed) and varies[1 - i]:
                 self.unknown(eqn, x, lifted)
         return None
@@ -368,20 +380,29 @@ class _Walk:
             batch = eqn.params["dimension_numbers"].operand_batching_dims
         shape, sizes = eqn.invars[0].aval.shape, eqn.params["slice_sizes"]
         live = [axis for axis in range(len(shape)) if axis not in batch]
-        rows = [axis for axis in live if sizes[axis] == 1]
-        whole = [axis for axis in live if sizes[axis] == shape[axis]]
-        if len(live) != 2 or not rows or not whole:
+        rows = [axis for axis in live if sizes[axis] == 1 != shape[axis]] or live[:1]
+        if len(live) != 2 or any(sizes[a] != shape[a] for a in live if a not in rows):
             return False
-        self.matrix(eqn, x, shape, live)
+        self.matrix(eqn, x, shape, rows, [axis for axis in live if axis not in rows])
         return True
 
-    def matrix(self, eqn, x: _Leaf, sizes, axes) -> None:
-        """Notes a weight that acts as a matrix with these two axes, outside of tagged layers."""
-        shape, leaf_axes = self.shapes[x.path], [x.axes[axis] for axis in axes]
-        if x.path in self.weights and None not in leaf_axes:
-            whole = all(own is None or sizes[a] == shape[own] for a, own in enumerate(x.axes))
-            view = _on_axes(Matrix(0, 1), sorted(leaf_axes), len(shape)) if whole else None
-            self.found[id(eqn), x.path] = _with_factor(view, x.factor)
+    def matrix(self, eqn, x: _Leaf, sizes, ins, outs) -> None:
+        """Notes a weight that acts as a matrix from these axes to those, outside of tagged layers:
+        without the axes that vmap has added, where its layer told them."""
+        own, shape = self.own_axes.get(x.path), self.shapes[x.path]
+        groups = [[x.axes[axis] for axis in group] for group in (ins, outs)]
+        if own is not None:
+            groups = [[axis for axis in group if axis in own] for group in groups]
+        elif len(groups[0]) != 1 or len(groups[1]) != 1:
+            return
+        unknown = any(axis is None for group in groups for axis in group)
+        if x.path not in self.weights or unknown or not all(groups):
+            return
+        if len(groups[0]) == len(groups[1]) == 1:  # a table that is read and multiplied by is one
+            groups.sort()
+        whole = all(axis is None or sizes[i] == shape[axis] for i, axis in enumerate(x.axes))
+        view = Matrix(*(tuple(sorted(group)) for group in groups)) if whole else None
+        self.found[id(eqn), x.path] = _with_factor(view, x.factor)
 
 
 def _inner_program(eqn) -> ClosedJaxpr | None:
@@ -462,18 +483,19 @@ def _sliced(x: _Value, scan: int) -> _Value:
 def _folded(eqn, inputs: list[_Constant]) -> list[_Value]:
     """The outputs of an equation of constants."""
     scans = tuple(sorted({scan for x in inputs for scan in x.scans}))  # numbered outside in
-    known = {
-        var: x for var, x in zip(eqn.invars, inputs, strict=True) if not isinstance(var, Literal)
-    }
 
     def compute(*values):
-        alone = Jaxpr((), list(known), list(eqn.outvars), [eqn])
-        run = jaxpr_as_fun(ClosedJaxpr(alone, ()))
+        def run(*values):
+            params = eqn.primitive.get_bind_params(eqn.params)
+            subfuns, params = params if isinstance(params, tuple) else ((), params)  # JAX 0.9
+            out = eqn.primitive.bind(*subfuns, *values, **params)
+            return out if eqn.primitive.multiple_results else [out]
+
         for scan in reversed(scans):
-            run = jax.vmap(run, tuple(0 if scan in x.scans else None for x in known.values()))
+            run = jax.vmap(run, tuple(0 if scan in x.scans else None for x in inputs))
         return run(*values)
 
-    outputs = _Constant(compute, *known.values())
+    outputs = _Constant(compute, *inputs)
     return [_Constant(lambda out, i=i: out[i], outputs, scans=scans)
             for i in range(len(eqn.outvars))]  # fmt: skip
 

@@ -15,7 +15,7 @@ import numpy as np
 
 from sn_jax import _core
 from sn_jax._core import Params, Rules, Singular, State
-from sn_jax._views import Conv, Matrix, View, compute_dtype
+from sn_jax._views import Conv, Matrix, Scaled, View, compute_dtype
 
 VERSION = 1
 
@@ -423,6 +423,8 @@ def _chosen(path, name, layouts, view, arrays) -> _Layout:
     """The layout that the view tells, where the shapes leave more than one."""
     transposed = "ConvTranspose(transpose_kernel=True)"
     said = list(layouts)
+    while isinstance(view, Scaled):
+        view = view.view
     if isinstance(view, Conv):
         said = ["Conv"]
         if view.transpose:

@@ -93,6 +93,11 @@ def _traced(module, params, others, args, kwargs, conv, rngs, method):
 
     def tagged(next_fun, args, kwargs, context):
         layer, kind = context.module, _kind(context.module)
+        own = type(layer) is not kind and layer.scope is not None
+        if own and context.method_name != "setup":
+            for name in _core.WEIGHT_NAMES:
+                if layer.has_variable("params", name):
+                    jax.tree.map(_trace.seen_as, layer.get_variable("params", name))
         if kind is None or context.method_name == "setup":
             return next_fun(*args, **kwargs)
         name, adapter = _ADAPTERS[kind]

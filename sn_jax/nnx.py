@@ -75,6 +75,17 @@ def _with_array(v: Any, array: jax.Array) -> Any:
     return v.replace(array) if isinstance(v, nnx.Variable) else array
 
 
+def _told(v: nnx.Variable) -> nnx.Variable:
+    """A variable that notes, where it is read, which axes its reader knows of."""
+    hooks = v.get_metadata().get("on_get_value", ())
+    hooks = hooks if isinstance(hooks, tuple) else (hooks,)
+    return v.replace(on_get_value=(_note_axes, *hooks))
+
+
+def _note_axes(_, value):
+    return _trace.seen_as(value)
+
+
 def _params(state: nnx.State) -> dict[str, jax.Array]:
     return {_name(path): _array(v) for path, v in nnx.to_flat_state(state)
             if isinstance(v, nnx.Param)}  # fmt: skip
@@ -94,12 +105,14 @@ def _uses(graphdef, state, args, kwargs, conv, method, *, constants: bool):
     leaves = {name: _array(v) for name, (_, v) in variables.items() if isinstance(v, nnx.Param)}
     others = {name: _array(v) for name, (_, v) in variables.items() if name not in leaves}
     arrays, rebuild = _trace.split_arrays(args, kwargs)
+    weights = _flax.weight_paths(leaves)
     beside: dict[str, str] = {}
 
     def call(leaves, traced):
         arrays, known = traced
         values = {**(others if constants else known), **leaves}
         flat = [(path, _with_array(v, values[name])) for name, (path, v) in variables.items()]
+        flat = [(path, _told(v) if _name(path) in weights else v) for path, v in flat]
         model = nnx.merge(graphdef, nnx.from_flat_state(flat))
         for path, layer in nnx.iter_modules(model):
             kind = _kind(layer)
@@ -112,7 +125,6 @@ def _uses(graphdef, state, args, kwargs, conv, method, *, constants: bool):
         getattr(model, method)(*args, **kwargs)
 
     known = {} if constants else others
-    weights = _flax.weight_paths(leaves)
     return _trace.uses_of(call, leaves, weights, (arrays, known)), beside
 
 

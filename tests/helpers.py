@@ -87,6 +87,14 @@ def conv_case(name, shape, size, stride) -> Case:
     return Case(name, view, shape, lambda w: conv_matrix(w, size, stride))
 
 
+def masked_case(name, in_axes, out_axes, shape) -> Case:
+    """The layer multiplies by a constant times the kernel: a mask with zeros and signs."""
+    factor = np.random.default_rng(40).integers(-1, 3, shape).astype(np.float32)
+    plain = matrix_case(name, in_axes, out_axes, shape)
+    view = sn_jax.Scaled(plain.view, factor)
+    return Case(name, view, shape, lambda w: plain.to_dense(w * factor.astype(w.dtype)))
+
+
 def weighted_sums(w, x):
     return w * jnp.cumsum(x)
 
@@ -96,6 +104,7 @@ CASES = [
     matrix_case("per-head", 0, 2, (10, 3, 5)),
     matrix_case("scanned-heads-out", (1, 2), 3, (2, 3, 4, 9)),
     conv_case("conv-operator", (3, 3, 2, 3), (5, 4), 2),
+    masked_case("masked-heads", 0, 2, (10, 3, 5)),
     Case("linear", sn_jax.Linear(weighted_sums, 6), (6,), lambda w: w[:, None] * np.tri(6)),
 ]
 
