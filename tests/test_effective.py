@@ -4,6 +4,8 @@ The oracle runs each linear layer, wherever in a model it runs, on a batch of ba
 takes the singular values of the matrix that comes out.
 """
 
+import pickle
+from fractions import Fraction
 from functools import partial
 
 import flax.linen as nn
@@ -11,11 +13,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 import sn_jax
+import sn_jax.convert
 import sn_jax.linen
 import sn_jax.nnx
-from sn_jax.linen import SpectralNorm, views
+from sn_jax.linen import SpectralNorm, bake, views
 
 pytestmark = pytest.mark.float32
 KEY = jax.random.key(0)
@@ -358,3 +362,337 @@ def test_the_wrapper_normalizes_what_enters_the_product(name):
     assert norms or name == "table read directly"
     for path, found in norms.items():
         np.testing.assert_allclose(found, expected_norm(name, path), rtol=1e-3, err_msg=path)
+
+
+def changing_message(fn, *parts):
+    with pytest.raises(ValueError, match="changed on its way") as error:
+        fn()
+    for part in parts:
+        assert part in str(error.value), str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("layer", "x", "parts"),
+    [
+        (Standardized(6, (3, 3)), IMAGES, ["kernel of shape (3, 3, 4, 6)", "sub", "rsqrt"]),
+        (
+            nn.WeightNorm(nn.Dense(6)),
+            X,
+            ["layer_instance/kernel of", "layer_instance/kernel/scale"],
+        ),
+        (Gain(6), X, ["kernel of shape (8, 6)", "mul", "with gain"]),
+        (LowRank(6), X, ["kernel of shape (8, 6)", "add", "with a, b"]),
+        (Orthogonalized(6), X, ["kernel of shape (8, 6)", "scan"]),
+        (ByHand(), X, ["no stock layer", "sub"]),
+    ],
+    ids=lambda x: type(x).__name__,
+)
+def test_what_changes_is_refused_by_views_and_bake(layer, x, parts):
+    variables = jax.jit(layer.init)(KEY, x)
+    changing_message(lambda: views(layer, variables, x), *parts, "rules={", "SpectralNorm")
+    kernels = dict.fromkeys(sn_jax.linen._core.named_leaves(variables["params"]))
+    kernels.popitem()
+    wrapped = SpectralNorm(layer)
+    if isinstance(layer, ByHand):
+        changing_message(lambda: wrapped.init(KEY, x), *parts)
+        return
+    variables = jax.jit(wrapped.init)(KEY, x)
+    changing_message(lambda: bake(wrapped, variables, x), *parts, "no stored kernel")
+
+
+def test_a_runtime_factor_is_refused_only_where_it_is_unknown():
+    layer = Runtime(6)
+    variables = jax.jit(layer.init)(KEY, X)
+    (view,) = views(layer, variables, X).values()
+    assert view == sn_jax.Scaled(sn_jax.Matrix(0, 1), np.full((1, 1), 7, np.float32))
+    abstract = {**variables, "temperature": jax.eval_shape(lambda: variables["temperature"])}
+    changing_message(lambda: views(layer, abstract, X), "mul")
+
+
+def test_lora_by_hand_is_refused():
+    """What a subclass adds beside the stock product is not seen, so nothing is claimed."""
+    layer = AddsOutside(6)
+    variables = layer.init(KEY, X)
+    for call in (
+        lambda: views(layer, variables, X),
+        lambda: SpectralNorm(layer).init(KEY, X),
+    ):
+        with pytest.raises(ValueError, match=r"a of shape \(8, 2\).*; b of shape \(2, 6\)"):
+            call()
+
+
+def test_inside_a_transformation_the_wrapper_says_where_to_go():
+    class Block(nn.Module):
+        wrap: bool = False
+
+        @nn.compact
+        def __call__(self, x, _):
+            layer = Gain(8)
+            return (SpectralNorm(layer) if self.wrap else layer)(x), None
+
+    scanned = stack(Block)
+    changing_message(
+        lambda: SpectralNorm(scanned).init(KEY, X, None), "inside the transformation", "gain"
+    )
+    inner = nn.scan(
+        Block, variable_axes={"params": 0, "batch_stats": 0}, split_rngs={"params": True}, length=3
+    )(wrap=True)  # fmt: skip
+    variables = inner.init(KEY, X, None)
+    norms = norms_of_layers(lambda: inner.apply(variables, X, None))
+    np.testing.assert_allclose(*norms.values(), 1, rtol=0.05)
+
+
+def test_the_gradient_goes_through_the_change():
+    """It is that of K / |K|, K the kernel that enters the product."""
+    layer = SpectralNorm(Standardized(6, (3, 3), use_bias=False), warmup=400)
+    variables = jax.jit(layer.init)(KEY, IMAGES)
+    plain = nn.Conv(6, (3, 3), use_bias=False)
+
+    def ours(params):
+        y = layer.apply({**variables, "params": params}, IMAGES)
+        return jnp.sum(jnp.sin(y))
+
+    def expected(params):
+        k = standardized(params["layer_instance"]["kernel"])
+        k = k / jnp.linalg.norm(k.reshape(-1, 6), 2)
+        return jnp.sum(jnp.sin(plain.apply({"params": {"kernel": k}}, IMAGES)))
+
+    got, wanted = (jax.jit(jax.grad(f))(variables["params"]) for f in (ours, expected))
+    scale = np.abs(jax.tree.leaves(wanted)[0]).max()
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-4 * scale), got, wanted)
+
+
+def test_masked_two_by_two():
+    """W = [[1, 1], [1, -1]], mask [[1, 1], [1, 0]]: the stored norm would leave 1.1441."""
+    w, mask = jnp.array([[1.0, 1.0], [1.0, -1.0]]), np.array([[1.0, 1.0], [1.0, 0.0]], np.float32)
+    stored = np.linalg.norm(np.asarray(w) * mask, 2) / np.linalg.norm(w, 2)
+    np.testing.assert_allclose(stored, 1.1441, atol=1e-4)
+    view = sn_jax.Scaled(sn_jax.Matrix(), mask)
+    state = sn_jax.init({"w": w}, KEY, {"w": view}, warmup=100)
+    normalized = sn_jax.spectral_normalize({"w": w}, state)[0]["w"]
+    np.testing.assert_allclose(np.linalg.norm(normalized * mask, 2), 1, rtol=1e-6)
+    np.testing.assert_allclose(normalized[1, 1] / normalized[0, 0], -1, rtol=1e-6)
+    lower, upper = sn_jax.norm_bounds(w, view)
+    assert lower <= np.linalg.norm(np.asarray(w, float) * mask, 2) <= upper <= lower * 1.001
+    np.testing.assert_allclose(sn_jax.spectral_norm(w, view), lower, rtol=1e-3)
+
+
+def test_the_constant_is_part_of_the_view():
+    mask = np.tril(np.ones((4, 3), np.float32))
+    view, same = (sn_jax.Scaled(sn_jax.Matrix(), m) for m in (mask, jnp.asarray(mask)))
+    other = sn_jax.Scaled(sn_jax.Matrix(), mask.T.reshape(4, 3))
+    assert view == same
+    assert hash(view) == hash(same)
+    assert view != other
+    mask[:] = 7  # the view keeps what it was given
+    assert view == same
+    assert pickle.loads(pickle.dumps(view)) == view
+    params = {"kernel": jnp.ones((4, 3))}
+    state = sn_jax.init(params, KEY, {"kernel": view})
+    restored = sn_jax.convert.from_state_dict(sn_jax.convert.to_state_dict(state), state)
+    assert jax.tree.structure(restored) == jax.tree.structure(state)
+    traces = []
+    step = jax.jit(lambda p, s: (traces.append(1), sn_jax.spectral_normalize(p, s))[1])
+    _, state = step(params, state)
+    step(params, sn_jax.init(params, KEY, {"kernel": same}))
+    assert len(traces) == 1
+    with pytest.raises(ValueError, match=r"does not broadcast to a kernel of shape \(4, 4\)"):
+        sn_jax.init({"kernel": jnp.ones((4, 4))}, KEY, {"kernel": view})
+    with pytest.raises(TypeError, match="give a view"):
+        sn_jax.Scaled(sn_jax.Matrix, mask)
+    with pytest.raises(TypeError, match="traced"):
+        jax.jit(lambda m: sn_jax.Scaled(sn_jax.Matrix(), m).matvec(m, m[0]))(mask)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_bounds_of_a_product_that_rounds(seed):
+    """In float64 the product factor * w is rounded: the bracket must hold for the exact one."""
+    rng = np.random.default_rng(seed)
+    w, factor = rng.standard_normal((1, 1)), rng.standard_normal((1, 1))
+    lower, upper = sn_jax.norm_bounds(w, sn_jax.Scaled(sn_jax.Matrix(), factor), rtol=1e-12)
+    exact = abs(Fraction(w.item()) * Fraction(factor.item()))
+    assert Fraction(float(lower)) <= exact <= Fraction(float(upper))
+
+
+# The same in NNX.
+
+
+class NnxMasked(nnx.Module):
+    def __init__(self, rngs):
+        self.kernel = nnx.Param(jax.random.normal(rngs.params(), (8, 6)))
+
+    def __call__(self, x):
+        return x @ (self.kernel[...] * MASK)
+
+
+class NnxStandardized(nnx.Conv):
+    def __call__(self, x):
+        raw = self.kernel
+        self.kernel = nnx.Param(standardized(raw[...]))
+        y = super().__call__(x)
+        self.kernel = raw
+        return y
+
+
+class NnxGain(nnx.Linear):
+    def __init__(self, *args, rngs):
+        super().__init__(*args, rngs=rngs)
+        self.gain = nnx.Param(jnp.asarray(1.7))
+
+    def __call__(self, x):
+        kernel = self.kernel[...] * self.gain[...]
+        x, kernel, bias = self.promote_dtype((x, kernel, self.bias[...]), dtype=self.dtype)
+        return self.dot_general(x, kernel, (((x.ndim - 1,), (0,)), ((), ()))) + bias
+
+
+class NnxTable(nnx.Embed):
+    def __call__(self, tokens):
+        return self.embedding[...][tokens] * 2.0
+
+
+def lora_linear(rngs):
+    layer = nnx.LoRALinear(8, 6, lora_rank=2, rngs=rngs)
+    layer.lora.lora_b[...] = jax.random.normal(rngs.params(), (2, 6))
+    return layer
+
+
+def lora_around(rngs):
+    linear = nnx.Linear(8, 6, rngs=rngs)
+    layer = nnx.LoRA(8, 2, 6, base_module=linear, rngs=rngs)
+    layer.lora_b[...] = jax.random.normal(rngs.params(), (2, 6))
+    return layer
+
+
+def lora_alone(rngs):
+    layer = nnx.LoRA(8, 2, 6, rngs=rngs)
+    layer.lora_b[...] = jax.random.normal(rngs.params(), (2, 6))
+    return layer
+
+
+def standardized_conv(rngs):
+    return NnxStandardized(4, 6, (3, 3), padding="CIRCULAR", rngs=rngs)
+
+
+def weight_normed(rngs):
+    return nnx.WeightNorm(nnx.Linear(8, 6, rngs=rngs), rngs=rngs)
+
+
+CONV_MASK = np.tril(np.ones((36, 6), np.float32)).reshape(3, 3, 4, 6)
+# name: (make, input, whether the stored kernel times a constant is the whole story)
+NNX = {
+    "mask": (NnxMasked, FLAT, True),
+    "masked conv": (
+        lambda rngs: nnx.Conv(4, 6, (3, 3), mask=jnp.asarray(CONV_MASK), rngs=rngs), IMAGES, True,
+    ),
+    "standardized": (standardized_conv, IMAGES, False),
+    "weight norm": (weight_normed, FLAT, False),
+    "LoRALinear": (lora_linear, FLAT, False),
+    "LoRA around": (lora_around, FLAT, False),
+    "LoRA alone": (lora_alone, FLAT, False),
+}  # fmt: skip
+
+
+def nnx_norm(layer, x, flattened=None) -> float:
+    _, matrix = with_matrix(layer, x)
+    return float(np.linalg.norm(matrix, 2))
+
+
+@pytest.mark.parametrize("name", NNX)
+def test_nnx_wrapper_views_and_bake(name):
+    make, x, constant = NNX[name]
+    layer = make(nnx.Rngs(0))
+    wrapped = sn_jax.nnx.SpectralNorm(make(nnx.Rngs(0)), warmup=100, rngs=nnx.Rngs(1))
+    before = jax.tree.map(np.array, nnx.to_pure_dict(nnx.state(wrapped.layer_instance)))
+    nnx.jit(lambda m, x: m(x))(wrapped, x)  # one call warms up
+    after = nnx.to_pure_dict(nnx.state(wrapped.layer_instance))
+    jax.tree.map(np.testing.assert_array_equal, after, before)
+    wrapped.eval()
+    if x is IMAGES:
+        # The flattened kernel has norm 1: that of the whole map over the map's with that kernel.
+        kernel = np.asarray(layer.kernel[...])
+        kernel = kernel * CONV_MASK if constant else np.asarray(standardized(kernel))
+        plain = nnx.Conv(4, 6, (3, 3), padding=layer.padding, rngs=nnx.Rngs(0))
+        plain.kernel[...] = jnp.asarray(kernel / np.linalg.norm(kernel.reshape(-1, 6), 2))
+        expected = nnx_norm(plain, x)
+    else:
+        expected = 1.0
+    np.testing.assert_allclose(nnx_norm(wrapped, x), expected, rtol=1e-3)
+    if constant:
+        (view,) = sn_jax.nnx.views(layer, x).values()
+        assert isinstance(view, sn_jax.Scaled)
+        baked = sn_jax.nnx.bake(wrapped, x)
+        assert type(baked) is type(layer)
+        np.testing.assert_allclose(baked(x), wrapped(x), rtol=1e-5, atol=1e-6)
+        by_rules = sn_jax.nnx.wrap(layer, sn_jax.nnx.views(layer, x), rngs=nnx.Rngs(0), warmup=100)
+        np.testing.assert_allclose(nnx_norm(by_rules, x), expected, rtol=1e-3)
+        return
+    with pytest.raises(ValueError, match=r"kernel|lora"):
+        sn_jax.nnx.views(layer, x)
+    with pytest.raises(ValueError, match=r"changed on its way|merge the adapter"):
+        sn_jax.nnx.bake(wrapped, x)
+
+
+def test_nnx_bake_asks_for_a_call_where_it_cannot_know():
+    wrapped = sn_jax.nnx.SpectralNorm(NnxMasked(nnx.Rngs(0)), rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match=r"around NnxMasked.*bake\(model, x\)"):
+        sn_jax.nnx.bake(wrapped)
+
+
+def test_nnx_subclasses_and_models_of_hubs():
+    """Subclasses of Embed that read their table themselves, and bare tables, are seen."""
+    rngs = nnx.Rngs(0)
+    model = nnx.Sequential(NnxTable(7, 8, rngs=rngs), nnx.Linear(8, 3, rngs=rngs))
+    found = sn_jax.nnx.views(model, TOKENS)
+    matrix = sn_jax.Matrix(0, 1)
+    assert found == {"layers/0/embedding": matrix, "layers/1/kernel": matrix}
+
+    class HeadsEinsum(nnx.Module):  # (heads, features, dim), as Gemma keeps its queries
+        def __init__(self):
+            self.w = nnx.Param(jnp.ones((2, 8, 4)))
+
+        def __call__(self, x):
+            return jnp.einsum("btd,ndh->btnh", x, self.w[...])
+
+    assert sn_jax.nnx.views(HeadsEinsum(), X) == {"w": sn_jax.Matrix(1, (0, 2))}
+
+    @nnx.split_rngs(splits=3)
+    @nnx.vmap(in_axes=0, out_axes=0)
+    def make(rngs):
+        return NnxMasked(rngs)
+
+    class Ensemble(nnx.Module):
+        def __init__(self):
+            self.members = make(nnx.Rngs(0))
+
+        def __call__(self, x):
+            return nnx.vmap(lambda m, x: m(x), in_axes=(0, None))(self.members, x)
+
+    (view,) = sn_jax.nnx.views(Ensemble(), FLAT).values()
+    assert view == sn_jax.Scaled(sn_jax.Matrix(1, 2), MASK[None])
+
+
+def test_nnx_learned_gain():
+    layer = NnxGain(8, 6, rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match=r"changed on its way.*with gain"):
+        sn_jax.nnx.views(layer, FLAT)
+    wrapped = sn_jax.nnx.SpectralNorm(layer, warmup=100, rngs=nnx.Rngs(0))
+    wrapped(FLAT)
+    wrapped.eval()
+    np.testing.assert_allclose(nnx_norm(wrapped, FLAT), 1, rtol=1e-3)
+
+
+def test_all_that_is_unseen_is_listed_at_once():
+    class Two(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            a, b = (
+                self.param(name, nn.initializers.normal(1.0), (8, 8)) for name in ("kernel", "w")
+            )
+            return x * jnp.sum(a**2) + x * jnp.sum(b) + nn.Dense(8)(x)
+
+    variables = Two().init(KEY, X)
+    with pytest.raises(
+        ValueError, match=r"kernel of shape \(8, 8\).*; w of shape \(8, 8\)"
+    ) as error:
+        views(Two(), variables, X)
+    assert "Dense_0" not in str(error.value)

@@ -131,23 +131,13 @@ def test_views_of_a_whole_model():
     assert "Dense_0/kernel" not in per_head
 
 
-class PerPixel(nn.Module):
-    """A product with a kernel of three axes, two of them summed over: no matrix by itself."""
-
-    @nn.compact
-    def __call__(self, x):
-        kernel = self.param("kernel", nn.initializers.normal(1.0), (5, 8, 3))
-        return jnp.einsum("bti,tio->bo", x, kernel)
-
-
 def test_views_say_what_they_cannot_see():
-    model = PerPixel()
-    variables = model.init(KEY, X)
-    with pytest.raises(ValueError, match=r"kernel of shape \(5, 8, 3\) cannot be seen.*rules="):
-        views(model, variables, X)
-    assert views(model, variables, X, rules={"kernel": sn_jax.Matrix((0, 1), 2)}) == {
-        "kernel": sn_jax.Matrix((0, 1), 2)
-    }
+    model = nn.ConvLocal(3, (2, 2))
+    variables = model.init(KEY, IMAGES)
+    with pytest.raises(ValueError, match=r"kernel of shape \(6, 6, 16, 3\) cannot be seen.*rules="):
+        views(model, variables, IMAGES)
+    rules = {"kernel": sn_jax.Matrix(2, 3)}
+    assert views(model, variables, IMAGES, rules=rules) == rules
     model = Custom()
     assert views(model, model.init(KEY, X), X) == {"kernel": sn_jax.Matrix(0, 1)}
 
