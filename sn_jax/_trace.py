@@ -274,13 +274,20 @@ class _Walk:
         return [out] * n_out
 
     def scan(self, eqn, inputs):
-        n_consts, n_carry = eqn.params["num_consts"], eqn.params["num_carry"]
+        # By ranks: what is scanned over comes in without its first axis, and leaves with one more;
+        # the parameters that count them have other names from JAX 0.11 on.
+        inner = eqn.params["jaxpr"]
+        n_xs = sum(a.aval.ndim > b.aval.ndim
+                   for a, b in zip(eqn.invars, inner.jaxpr.invars, strict=True))  # fmt: skip
+        n_carry = sum(a.aval.ndim == b.aval.ndim
+                      for a, b in zip(eqn.outvars, inner.jaxpr.outvars, strict=True))  # fmt: skip
+        n_consts = len(inputs) - n_carry - n_xs
         consts, carry = inputs[:n_consts], inputs[n_consts : n_consts + n_carry]
         number = next(self.scans)
         xs = [_sliced(x, number) for x in inputs[n_consts + n_carry :]]
 
         def body(carry):
-            return self.program(eqn.params["jaxpr"], [*consts, *carry, *xs], True)
+            return self.program(inner, [*consts, *carry, *xs], True)
 
         carry, outputs = self.fixed_point(body, carry, "scan")
         stacked = [_computed([y], "scan") if isinstance(y, _Leaf | _Computed) else None

@@ -48,6 +48,11 @@ def views(
     is made for ``sn_jax.init(variables["params"], key, views)``: any model is normalized
     without being edited.
 
+    The norm is that of the kernel which enters the product: one that is multiplied by constants
+    first (a mask, a fixed factor) gets a ``Scaled`` view, one that changes in other ways is
+    refused. Other collections count as constants if they are given as arrays: take the views
+    again when a mask in one of them has changed.
+
     Args:
       module: the model.
       variables: its variables; arrays or ShapeDtypeStructs.
@@ -62,8 +67,9 @@ def views(
       dict: path in ``variables["params"]`` -> view; a set of rules for ``sn_jax.init``.
 
     Raises:
-      ValueError: a parameter named kernel, w, weight or embedding is not seen, or acts in two
-        ways; the way out is ``rules``.
+      ValueError: parameters named kernel, w, weight or embedding (all at once) are not seen, act
+        in two ways, or change on their way to the product other than by constants; the ways out
+        are ``rules`` and, for the last, ``SpectralNorm``.
 
     Example:
       >>> model = nn.Sequential([nn.Conv(8, (3, 3)), nn.relu, nn.Conv(4, (3, 3), strides=2)])
@@ -257,7 +263,8 @@ def bake(
       dict: variables of the model in which each ``SpectralNorm(layer)`` is ``layer``.
 
     Raises:
-      ValueError: the call meets no SpectralNorm.
+      ValueError: the call meets no SpectralNorm; a wrapped layer changes its kernel on the way to
+        the product other than by constants, so that no stored kernel gives the same outputs.
 
     Example:
       >>> x = jnp.ones((2, 3))
@@ -317,7 +324,9 @@ class SpectralNorm(nn.Module):
     (``u`` (1, out) and ``sigma`` () per kernel), same outputs wherever flax's matrix is right.
     Miyato et al. (2018), algorithm 1. The raw parameters are never written: ``params`` holds
     what the optimizer set, at ``init`` too. Biases are left alone, attention projections and
-    stacked layers are seen as the maps that they are (see ``views``).
+    stacked layers are seen as the maps that they are (see ``views``). Where a layer changes its
+    kernel on the way to the product (weight standardization, ``nn.WeightNorm``, a learned gain),
+    what enters the product is normalized there, with the gradient through the change.
 
     A call with the collection mutable stores the update (``n_steps`` of power iteration from the
     stored ``u``); a call with it immutable computes the same and stores nothing.

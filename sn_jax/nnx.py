@@ -32,6 +32,10 @@ def views(
     model is not changed. Layers stacked by ``nnx.scan`` and ``nnx.vmap`` get their stacking axis
     as a batch axis. Made for ``wrap``, and for ``sn_jax.init(nnx.state(model, nnx.Param), ...)``.
 
+    The norm is that of the kernel which enters the product: one that is multiplied by constants
+    first (a mask, a fixed factor, a variable that is no Param) gets a ``Scaled`` view, one that
+    changes in other ways is refused.
+
     Args:
       model: the model.
       *args, **kwargs: for its call.
@@ -44,8 +48,9 @@ def views(
       dict: path, such as ``layers/0/kernel`` -> view; a set of rules.
 
     Raises:
-      ValueError: a parameter named kernel, w, weight or embedding is not seen, or acts in two
-        ways; the way out is ``rules``.
+      ValueError: parameters named kernel, w, weight or embedding (all at once) are not seen, act
+        in two ways, or change on their way to the product other than by constants (LoRA, too);
+        the ways out are ``rules`` and, for the last, ``SpectralNorm``.
 
     Example:
       >>> rngs = nnx.Rngs(0)
@@ -254,7 +259,9 @@ class SpectralNorm(nnx.Module):
 
     A drop-in for ``flax.nnx.SpectralNorm`` that never writes to a Param: the layer runs on a
     copy with normalized kernels, in training and in eval. Miyato et al. (2018), algorithm 1.
-    Biases are left alone. In training (``.train()``) a call stores ``n_steps`` of power
+    Biases are left alone. A kernel that its layer changes on the way to the product (masks, weight
+    standardization, ``nnx.WeightNorm``) is normalized there, and LoRA layers as kernel + a b; the
+    first call of such a layer takes ``warmup`` steps. In training (``.train()``) a call stores ``n_steps`` of power
     iteration; in eval it computes the same and stores nothing.
 
     Args:
