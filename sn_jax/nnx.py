@@ -261,8 +261,8 @@ class SpectralNorm(nnx.Module):
     copy with normalized kernels, in training and in eval. Miyato et al. (2018), algorithm 1.
     Biases are left alone. A kernel that its layer changes on the way to the product (masks, weight
     standardization, ``nnx.WeightNorm``) is normalized there, and LoRA layers as kernel + a b; the
-    first call of such a layer takes ``warmup`` steps. In training (``.train()``) a call stores ``n_steps`` of power
-    iteration; in eval it computes the same and stores nothing.
+    first call of such a layer takes ``warmup`` steps. In training (``.train()``) a call stores
+    ``n_steps`` of power iteration; in eval it computes the same and stores nothing.
 
     Args:
       layer_instance: any module: ``nnx.Linear``, attention, a recurrent cell, a whole model. Its
