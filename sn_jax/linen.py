@@ -1,11 +1,13 @@
 """Spectral normalization for Flax linen: whole-model views, a drop-in wrapper, and export."""
 
 import dataclasses
+import inspect
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
-from typing import Any, Literal
+from types import MethodType
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +15,7 @@ import numpy as np
 from flax import linen as nn
 from flax import traverse_util
 from flax.core import meta
+from flax.linen import module as module_lib
 from flax.linen.dtypes import promote_dtype
 from flax.linen.linear import ConvLocal
 from flax.linen.recurrent import DenseParams
@@ -80,6 +83,11 @@ def views(
       layers_0/kernel Matrix(in_axes=(0, 1, 2), out_axes=(3,))
       layers_2/kernel Matrix(in_axes=(0, 1, 2), out_axes=(3,))
     """
+    if not isinstance(variables, Mapping) or "params" not in variables:
+        raise TypeError(
+            f"views(model, variables, x): variables are what init returned, with 'params'; got "
+            f"{type(variables).__name__}."
+        )
     params = meta.unbox(variables["params"])
     others = {name: value for name, value in variables.items() if name != "params"}
     uses, beside = _traced(module, params, others, args, kwargs, conv, rngs, method)
@@ -128,7 +136,7 @@ def _traced(module, params, others, args, kwargs, conv, rngs, method):
             [a if known else next(unknown) for a, known in zip(abstract, constant, strict=True)]
         )
         params = traverse_util.unflatten_dict({keys[path]: w for path, w in params.items()})
-        with nn.intercept_methods(tagged), _tracing(("views", conv)):
+        with _quiet(), nn.intercept_methods(tagged), _tracing(("views", conv)):
             return module.apply(
                 {**others, "params": params},
                 *args, rngs=rngs, method=method, mutable=True, **kwargs,
@@ -153,6 +161,19 @@ def _beside_kernel(layer, name) -> dict[str, str]:
     flat = traverse_util.flatten_dict(layer.variables.get("params", {}))
     return {"/".join((*layer.path, *key)): type(layer).__name__
             for key in flat if key not in ((name,), ("bias",))}  # fmt: skip
+
+
+@contextmanager
+def _quiet():
+    """No interceptor or record of intermediates of the user's sees what runs here: they count
+    each layer once, and want no tracers of ours."""
+    interceptors, context = module_lib._global_interceptor_stack, module_lib._context
+    before = interceptors._storage, context.capture_stack, context.call_info_stack
+    interceptors._storage, context.capture_stack, context.call_info_stack = [], [], []
+    try:
+        yield
+    finally:
+        interceptors._storage, context.capture_stack, context.call_info_stack = before
 
 
 @contextmanager
@@ -283,7 +304,8 @@ def bake(
             return next_fun(*args, **kwargs)
         wrappers[wrapper.path] = wrapper
         kwargs = {name: value for name, value in kwargs.items() if name != "update_stats"}
-        return wrapper._run(args, kwargs, update_stats=False, written=written)
+        call = _Call(kwargs.pop("_method", "__call__"), args, kwargs)
+        return wrapper._run(call, update_stats=False, written=written)
 
     with nn.intercept_methods(baking), _tracing(object()):
         _, updates = module.apply(
@@ -317,6 +339,130 @@ def _without_wrappers(key, collection, wrappers):
     return key
 
 
+def spectral_norms(
+    variables: Mapping[str, Any], collection_name: str = "batch_stats"
+) -> dict[str, jax.Array]:
+    """Estimated spectral norms of all wrapped kernels, as the last update left them, by path.
+
+    Args:
+      variables: of a model with SpectralNorm wrappers.
+      collection_name: the collection that they keep their state in.
+
+    Returns:
+      dict: path in the model without wrappers -> sigma, from below; flat, for any logger.
+
+    Raises:
+      ValueError: the collection holds no state of SpectralNorm.
+
+    Example:
+      >>> model = nn.Sequential([SpectralNorm(nn.Dense(4)), nn.relu])
+      >>> variables = model.init(jax.random.key(0), jnp.ones((2, 3)))
+      >>> list(spectral_norms(variables))
+      ['layers_0/kernel']
+    """
+    places = _places(variables, collection_name)
+    flat = traverse_util.flatten_dict(variables[collection_name])
+    return {path: flat[(*where, f"{name}/sigma")] for path, (where, name) in places.items()}
+
+
+def load_state(
+    variables: Mapping[str, Any],
+    params: Any,
+    state: _core.State,
+    collection_name: str = "batch_stats",
+) -> dict[str, Any]:
+    """Variables of a wrapped model with the parameters and singular vectors of a plain one.
+
+    For what ``sn_jax.convert.from_torch`` returns, and for states of ``sn_jax.init``:
+    ``load_state(variables, *from_torch(state_dict, template))``. With ``store_v=True`` in the
+    wrappers, outputs in eval are then those of PyTorch.
+
+    Args:
+      variables: of the wrapped model, as ``init`` returns them; not changed.
+      params: the parameters of the model without wrappers.
+      state: path in ``params`` -> Singular, for every wrapped kernel.
+      collection_name: the collection that the wrappers keep their state in.
+
+    Returns:
+      dict: the variables, with ``params``, u, sigma (and v) replaced.
+
+    Raises:
+      ValueError: paths or shapes of the two do not fit.
+
+    Example:
+      >>> model, x = SpectralNorm(nn.Dense(4)), jnp.ones((2, 3))
+      >>> variables = model.init(jax.random.key(0), x)
+      >>> params = {"kernel": jnp.ones((3, 4)), "bias": jnp.zeros(4)}
+      >>> loaded = load_state(variables, params, sn_jax.init(params, jax.random.key(1)))
+      >>> print(f"{spectral_norms(loaded)['kernel']:.3f}")
+      3.464
+    """
+    places = _places(variables, collection_name)
+    if places.keys() != state.keys():
+        raise ValueError(
+            f"The wrappers normalize {_core.listed(places)}, but the state holds "
+            f"{_core.listed(state)}: give a Singular for each."
+        )
+    new = _core.named_leaves(params)
+    raw = traverse_util.flatten_dict(variables["params"])
+    loaded = {}
+    for key, leaf in raw.items():
+        path = "/".join(part for part in key if part != "layer_instance")
+        if path not in new or jnp.shape(new[path]) != jnp.shape(_value(leaf)):
+            got = jnp.shape(new[path]) if path in new else "nothing"
+            raise ValueError(
+                f"{'/'.join(key)} of shape {jnp.shape(_value(leaf))} is {path} in the plain "
+                f"model, where params have {got}."
+            )
+        box = isinstance(leaf, meta.AxisMetadata)
+        loaded[key] = leaf.replace_boxed(new[path]) if box else new[path]
+    stats = traverse_util.flatten_dict(variables[collection_name])
+    for path, (where, name) in places.items():
+        for field in ("u", "v", "sigma"):
+            key = (*where, f"{name}/{field}")
+            if key in stats:
+                value = getattr(state[path], field)
+                if jnp.shape(value) != jnp.shape(stats[key]):
+                    raise ValueError(
+                        f"{field} of {path} has shape {jnp.shape(value)}, and the wrapper keeps "
+                        f"{jnp.shape(stats[key])}: take the state with the wrapper's views."
+                    )
+                stats[key] = value.astype(stats[key].dtype)
+    unflatten = traverse_util.unflatten_dict
+    return {**variables, "params": unflatten(loaded), collection_name: unflatten(stats)}
+
+
+def _places(variables, collection_name) -> dict[str, tuple[tuple[str, ...], str]]:
+    """Path in the plain model -> (path of the wrapper, what its state calls the kernel)."""
+    flat = traverse_util.flatten_dict(variables.get(collection_name, {}))
+    places = {}
+    for *where, key in flat:
+        name, _, field = key.rpartition("/")
+        if field == "u" and (*where, f"{name}/sigma") in flat:
+            layer, _, inner = name.partition("/")
+            # A layer made in place has its parameters beside the wrapper's, under its own name.
+            inside = [*where, inner] if layer == "layer_instance" else [*where[:-1], name]
+            path = "/".join(part for part in inside if part != "layer_instance")
+            places[path] = tuple(where), name
+    if not places:
+        raise ValueError(
+            f"The collection {collection_name!r} holds no state of SpectralNorm: give all that "
+            "init returned, and collection_name where it is another."
+        )
+    return places
+
+
+class _Call(NamedTuple):
+    """A call of a layer's method."""
+
+    method: str
+    args: tuple
+    kwargs: dict[str, Any]
+
+    def on(self, layer: nn.Module) -> Any:
+        return getattr(layer, self.method)(*self.args, **self.kwargs)
+
+
 class SpectralNorm(nn.Module):
     """A layer whose kernels are divided by their spectral norms at every call.
 
@@ -327,6 +473,10 @@ class SpectralNorm(nn.Module):
     stacked layers are seen as the maps that they are (see ``views``). Where a layer changes its
     kernel on the way to the product (weight standardization, ``nn.WeightNorm``, a learned gain),
     what enters the product is normalized there, with the gradient through the change.
+
+    The layer's other methods, properties and fields are this module's too: ``wrapper.attend(x)``
+    and ``apply(variables, x, method="encode")`` run with normalized kernels. ``layer_instance``
+    is the raw layer.
 
     A call with the collection mutable stores the update (``n_steps`` of power iteration from the
     stored ``u``); a call with it immutable computes the same and stores nothing.
@@ -349,6 +499,8 @@ class SpectralNorm(nn.Module):
         (the gamma of sigma-Reparam, Zhai et al. 2023).
       stateless: iterate from a fixed start at every call; no collection. For ensembles and
         critics that are called with parameters only.
+      store_v: keep v beside u, and use the stored pair without iterating where the call stores
+        nothing, as PyTorch's eval does. The collection is then no longer flax's.
 
     Example:
       >>> model = SpectralNorm(nn.Dense(4))
@@ -376,14 +528,22 @@ class SpectralNorm(nn.Module):
     warmup: int = 15
     use_scale: bool = False
     stateless: bool = False
+    store_v: bool = False
 
     @nn.compact
-    def __call__(self, *args, update_stats: bool | jax.Array | None = None, **kwargs):
+    def __call__(
+        self,
+        *args,
+        update_stats: bool | jax.Array | None = None,
+        _method: str = "__call__",
+        **kwargs,
+    ):
         """The layer's output with normalized kernels.
 
         Args:
           *args, **kwargs: for the layer.
           update_stats: store the update; by default whether the collection is mutable.
+          _method: which of the layer's methods to call; ``wrapper.attend(x)`` sets it.
 
         Raises:
           ValueError: ``update_stats=True`` with an immutable or missing collection; no kernel to
@@ -400,18 +560,47 @@ class SpectralNorm(nn.Module):
                 f"immutable: pass mutable=[{self.collection_name!r}] to apply, or "
                 "update_stats=False."
             )
-        return self._run(args, kwargs, update_stats)
+        return self._run(_Call(_method, args, kwargs), update_stats)
 
-    @property
-    def _steps(self) -> int:
-        return self.n_steps or (15 if self.stateless else 1)
+    @nn.nowrap
+    def __getattr__(self, name: str):
+        """The layer's other methods, with normalized kernels, and its plain attributes."""
+        layer = self.__dict__.get("layer_instance")
+        if name.startswith("_") or not isinstance(layer, nn.Module):
+            return super().__getattr__(name)
+        kind = type(layer)
+        value = inspect.getattr_static(kind, name, None)
+        if inspect.isfunction(value) and not hasattr(value, "nowrap"):
+            # A method of this wrapper, so that apply(..., method="encode") takes it.
+            return MethodType(_calling(name), self)
+        if value is None and name not in layer.__dict__:
+            raise AttributeError(
+                f"SpectralNorm around {kind.__name__} has no attribute {name!r}, nor has the "
+                "layer a method or field of that name; what its setup makes is raw, and not "
+                "handed out."
+            )
+        value = getattr(layer, name)
+        if isinstance(value, nn.Module):
+            raise AttributeError(
+                f"{name} is a raw submodule of {kind.__name__}, whose kernels SpectralNorm "
+                f"normalizes only in calls of {kind.__name__} itself: add a method to it, or take "
+                f"layer_instance.{name} for the raw one."
+            )
+        return value
+
+    @nn.nowrap
+    def _steps(self, update_stats) -> int | jax.Array:
+        n_steps = self.n_steps or (15 if self.stateless else 1)
+        if not self.store_v or self.stateless:
+            return n_steps
+        return _core.chosen(update_stats, n_steps, 0)
 
     @property
     def _layer(self) -> str:
         return f"{type(self.layer_instance).__name__} ({self.layer_instance.name})"
 
     @nn.nowrap
-    def _run(self, args, kwargs, update_stats, written=None):
+    def _run(self, call, update_stats, written=None):
         if self.n_steps is not None and self.n_steps < 1:
             raise ValueError(
                 f"SpectralNorm needs n_steps >= 1, got {self.n_steps}; without the wrapper the "
@@ -427,19 +616,20 @@ class SpectralNorm(nn.Module):
                 "once."
             )
         if _trace.looking.get():  # views are of the stored kernels
-            return self.layer_instance(*args, **kwargs)
+            return call.on(self.layer_instance)
         token = _wrapped.set(True)
         try:
-            return self._run_normalized(args, kwargs, update_stats, written)
+            return self._run_normalized(call, update_stats, written)
         finally:
             _wrapped.reset(token)
 
     @nn.nowrap
-    def _run_normalized(self, args, kwargs, update_stats, written):
+    def _run_normalized(self, call, update_stats, written):
         layer = self.layer_instance
         if self.is_initializing():
             # Creates the raw parameters, which the second call below reads.
-            layer(*args, **kwargs)
+            with _quiet():
+                call.on(layer)
         parts = list(_parts(layer))
         variables: dict[str, dict] = {}
         for prefix, part in parts:
@@ -456,7 +646,7 @@ class SpectralNorm(nn.Module):
             task = "wrap" if written is None else "bake"
             tree = {key: meta.unbox(leaf) for key, leaf in flat_params.items()}
             tree = traverse_util.unflatten_dict(tree)
-            found = self._views(params, tree, others, args, kwargs, task)
+            found = self._views(params, tree, others, call, task)
             names = (*found.views, *found.at_product)
             bounds = _core.bounds_by_path(self.bound, dict.fromkeys(names))
             leaves = self._normalized(params, found.views, bounds, update_stats)
@@ -483,7 +673,7 @@ class SpectralNorm(nn.Module):
             return raw.pop(0)  # the parts come in order
 
         run = nn.map_variables(
-            lambda layer: layer(*args, **kwargs),
+            call.on,
             "params",
             trans_in_fn=substitute,
             trans_out_fn=restore if written is None else lambda variables: variables,
@@ -532,6 +722,7 @@ class SpectralNorm(nn.Module):
 
         return intercept
 
+    @nn.nowrap
     def _scale(self, path, view, shape):
         init = nn.initializers.ones
         return self.param(self._key(path, "scale"), init, view.batch_shape(shape), self.param_dtype)
@@ -548,7 +739,7 @@ class SpectralNorm(nn.Module):
         state = {path: self._stored(path, params[path], view) for path, view in views.items()}
         leaves = _core.normalized_leaves(
             {path: params[path] for path in views}, state,
-            n_steps=self._steps, bound={path: bounds[path] for path in views},
+            n_steps=self._steps(update_stats), bound={path: bounds[path] for path in views},
             mode=self.mode, gradient=self.gradient,
         )  # fmt: skip
         for path, view in views.items():
@@ -562,7 +753,7 @@ class SpectralNorm(nn.Module):
         return leaves
 
     @nn.nowrap
-    def _views(self, params, tree, others, args, kwargs, task):
+    def _views(self, params, tree, others, call, task):
         """``_flax.Resolved``: what is normalized as stored, and what where it enters a product."""
         if self.error_on_non_matrix:
             for path, w in params.items():
@@ -571,6 +762,7 @@ class SpectralNorm(nn.Module):
                         f"{self.layer_instance.name}/{path} has shape {w.shape} and "
                         "error_on_non_matrix is True; leave it False to normalize it."
                     )
+        method, args, kwargs = call
         direct = _stock_view(self.layer_instance, args, kwargs, self.conv)
         if direct:
             seen = {path: {view} for path, view in direct.items()}
@@ -581,15 +773,21 @@ class SpectralNorm(nn.Module):
             rngs = {name: jax.random.key(0) for name in self.scope.root.rngs}
             # Traced, so that what changes from call to call is no constant.
             others = jax.tree.map(jax.typeof, others)
-            uses, beside = _traced(layer, tree, others, args, kwargs, self.conv, rngs, None)
+            uses, beside = _traced(layer, tree, others, args, kwargs, self.conv, rngs, method)
         who = f"SpectralNorm around {self._layer}"
         return _flax.resolve(params, uses, beside, self.rules, who, task)
 
+    @nn.nowrap
     def _key(self, path, name):
         return f"{self.layer_instance.name}/{path}/{name}"
 
+    @property
+    def _kept(self) -> tuple[str, ...]:
+        return ("u", "v", "sigma") if self.store_v else ("u", "sigma")
+
+    @nn.nowrap
     def _stored(self, path, w, view):
-        """The state of one kernel: u and sigma as stored, v to be iterated from u."""
+        """The state of one kernel: as stored, or u and sigma, and v to be iterated from u."""
         if self.stateless:
             return _core.start_state(w, view, self.n_vectors)
         if not self.has_variable(self.collection_name, self._key(path, "u")):
@@ -597,7 +795,9 @@ class SpectralNorm(nn.Module):
                 raise ValueError(
                     f"The variables have no {self.collection_name!r} for {self._layer}, which "
                     "SpectralNorm reads: pass them to apply (all that init returned), or use "
-                    "stateless=True."
+                    "stateless=True. Inside nn.RNN, nn.scan and the like the collection must be "
+                    f"lifted (variable_carry={self.collection_name!r} in nn.RNN), or put "
+                    "SpectralNorm around: SpectralNorm(nn.RNN(cell))."
                 )
             if not self.has_rng("params"):
                 raise ValueError(
@@ -608,25 +808,35 @@ class SpectralNorm(nn.Module):
                 {path: w}, self.make_rng("params"), {re.escape(path): view},
                 n_vectors=self.n_vectors, warmup=self.warmup,
             )[path]  # fmt: skip
-            for name in ("u", "sigma"):
+            for name in self._kept:
                 value = jax.lax.stop_gradient(getattr(start, name)).astype(self.param_dtype)
                 self.put_variable(self.collection_name, self._key(path, name), value)
-        u, sigma = (
-            self.get_variable(self.collection_name, self._key(path, name))
-            for name in ("u", "sigma")
-        )
-        if sigma is None:
-            raise ValueError(
-                f"The collection {self.collection_name!r} has {self._key(path, 'u')} but no sigma "
-                "beside it: pass all that init returned."
-            )
-        return _core.stored_state(w, view, u, sigma)
+        kept = {name: self.get_variable(self.collection_name, self._key(path, name))
+                for name in self._kept}  # fmt: skip
+        for name, value in kept.items():
+            if value is None:
+                raise ValueError(
+                    f"The collection {self.collection_name!r} has {self._key(path, 'u')} but no "
+                    f"{name} beside it: pass all that init returned (with the same store_v)."
+                )
+        state = _core.stored_state(w, view, kept["u"], kept["sigma"])
+        return dataclasses.replace(state, v=kept["v"]) if self.store_v else state
 
+    @nn.nowrap
     def _store(self, path, old, new, update_stats):
         if self.is_mutable_collection(self.collection_name):
-            for name in ("u", "sigma"):
+            for name in self._kept:
                 value = _core.chosen(update_stats, getattr(new, name), getattr(old, name))
                 self.put_variable(self.collection_name, self._key(path, name), value)
+
+
+def _calling(name: str):
+    """A method of the wrapper that calls the layer's method of that name."""
+
+    def method(self, *args, **kwargs):
+        return self(*args, _method=name, **kwargs)
+
+    return method
 
 
 class _Changed:
