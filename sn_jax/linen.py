@@ -401,7 +401,9 @@ def load_state(
     if places.keys() != state.keys():
         raise ValueError(
             f"The wrappers normalize {_core.listed(places)}, but the state holds "
-            f"{_core.listed(state)}: give a Singular for each."
+            f"{_core.listed(state)}: give a Singular for each. (A composite that is made in place, "
+            "such as SpectralNorm(nn.Sequential([...])) in @nn.compact, keeps its parameters under "
+            "other paths and cannot be loaded so; make it in setup.)"
         )
     new = _core.named_leaves(params)
     raw = traverse_util.flatten_dict(variables["params"])
@@ -672,8 +674,12 @@ class SpectralNorm(nn.Module):
         def restore(variables):
             return raw.pop(0)  # the parts come in order
 
+        def on_layer(layer):
+            return call.on(layer)
+
+        on_layer.method_handler_wrapped = True  # else Flax takes it for a method of the layer
         run = nn.map_variables(
-            call.on,
+            on_layer,
             "params",
             trans_in_fn=substitute,
             trans_out_fn=restore if written is None else lambda variables: variables,
@@ -795,9 +801,8 @@ class SpectralNorm(nn.Module):
                 raise ValueError(
                     f"The variables have no {self.collection_name!r} for {self._layer}, which "
                     "SpectralNorm reads: pass them to apply (all that init returned), or use "
-                    "stateless=True. Inside nn.RNN, nn.scan and the like the collection must be "
-                    f"lifted (variable_carry={self.collection_name!r} in nn.RNN), or put "
-                    "SpectralNorm around: SpectralNorm(nn.RNN(cell))."
+                    "stateless=True. Inside nn.RNN and other loops put SpectralNorm around them: "
+                    "SpectralNorm(nn.RNN(cell))."
                 )
             if not self.has_rng("params"):
                 raise ValueError(
