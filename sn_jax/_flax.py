@@ -1,6 +1,7 @@
 """What the two Flaxes share: how layers are seen, and what wrappers do to their products."""
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any, Literal, NamedTuple
 
 import jax.numpy as jnp
@@ -205,6 +206,9 @@ def resolve(
             f"{who} finds no kernel to normalize among {_core.listed(leaves)}: wrap or give a "
             "model that has one, or name one by rules."
         )
+    for path, view in views.items():
+        if isinstance(view, Matrix) and ruled[path] is unruled:
+            views[path] = replace(view, rank=len(jnp.shape(leaves[path])))
     return Resolved({path: views[path] for path in leaves if path in views}, at_product)
 
 

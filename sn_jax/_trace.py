@@ -265,6 +265,8 @@ class _Walk:
             return [self.product(eqn, inputs[:2], lifted)]
         if name in ("gather", "dynamic_slice") and self.is_lookup(eqn, inputs, lifted):
             return [None]
+        if name == "broadcast_in_dim" and inputs[0].tag and _grows(eqn):
+            return [None]  # a table of one row, read
         out = _kept(eqn, inputs) if n_out == 1 else None
         if out is None:
             out = _computed(inputs, None if name in _REARRANGES and _tag_of(inputs) else name)
@@ -375,11 +377,15 @@ class _Walk:
     def is_lookup(self, eqn, inputs, lifted: bool) -> bool:
         """Whether this reads rows of a table at places that the arguments give; notes the table."""
         x, *places = inputs
-        if not isinstance(x, _Leaf | _Computed) or not any(p is None for p in places):
+        if not isinstance(x, _Leaf | _Computed):
             return False
-        if x.tag or isinstance(x, _Computed):
-            found = eqn.primitive.name == "gather" and (x.tag is not None or not x.varies)
-            if found and not x.tag:
+        if x.tag:  # also at constant places: positions
+            return eqn.primitive.name == "gather"
+        if not any(place is None for place in places):
+            return False
+        if isinstance(x, _Computed):
+            found = eqn.primitive.name == "gather" and not x.varies
+            if found:
                 self.unknown(eqn, x, lifted)
             return found
         batch = ()
@@ -410,6 +416,10 @@ class _Walk:
         whole = all(axis is None or sizes[i] == shape[axis] for i, axis in enumerate(x.axes))
         view = Matrix(*(tuple(sorted(group)) for group in groups)) if whole else None
         self.found[id(eqn), x.path] = _with_factor(view, x.factor)
+
+
+def _grows(eqn) -> bool:
+    return eqn.outvars[0].aval.size > eqn.invars[0].aval.size
 
 
 def _inner_program(eqn) -> ClosedJaxpr | None:

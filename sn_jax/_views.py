@@ -3,7 +3,7 @@
 import math
 import operator
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import lru_cache, partial
 from typing import Any, Protocol, runtime_checkable
 
@@ -120,6 +120,8 @@ class Matrix:
     in_axes: int | Sequence[int] = -2
     out_axes: int | Sequence[int] = -1
     split: PartitionSpec | Split | None = None
+    # Axes of the kernel that the view was read off a model for; more of them are not its own.
+    rank: int | None = field(default=None, compare=False, repr=False, kw_only=True)
 
     def __post_init__(self):
         for name in ("in_axes", "out_axes"):
@@ -133,6 +135,12 @@ class Matrix:
     def axis_groups(self, ndim: int) -> tuple[Shape, Shape, Shape]:
         """(batch, in, out) axes of a kernel with ``ndim`` axes, each sorted and non-negative."""
         _check_split(self, ndim)
+        if self.rank is not None and ndim > self.rank:
+            raise ValueError(
+                f"{self} was read off a model whose kernel has {self.rank} axes, and this one has "
+                f"{ndim}: for a stack of kernels, as vmap makes it, take the views of the model "
+                "that uses the stack, or give axes counted from the end, such as Matrix(-2, -1)."
+            )
         for axis in (*self.in_axes, *self.out_axes):
             if not -ndim <= axis < ndim:
                 raise ValueError(
@@ -267,11 +275,11 @@ class Conv:
     def __repr__(self):
         # What is not by default: the views of a model are read by people.
         n = len(self.input_shape)
-        options = {field: getattr(self, field.name) for field in fields(self)[1:]}
+        options = {option: getattr(self, option.name) for option in fields(self)[1:]}
         given = [
-            f"{field.name}={value!r}"
-            for field, value in options.items()
-            if value not in (field.default, (1,) * n)
+            f"{option.name}={value!r}"
+            for option, value in options.items()
+            if value not in (option.default, (1,) * n)
         ]
         return f"Conv({', '.join([repr(self.input_shape), *given])})"
 

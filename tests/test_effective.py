@@ -260,6 +260,15 @@ class ReadDirectly(nn.Module):
         return nn.Dense(4)(table[tokens] * 3.0)
 
 
+class Positions(nn.Module):
+    """Tables that are read at constant places, one of a single row."""
+
+    @nn.compact
+    def __call__(self, x):
+        x = x + nn.Embed(5, 8)(jnp.arange(5)) + nn.Embed(1, 8)(jnp.zeros((2, 5), int))
+        return nn.Dense(4)(x)
+
+
 class ScanMasked(nn.Module):
     @nn.compact
     def __call__(self, x, mask):
@@ -306,6 +315,7 @@ RIGHT = {
     "scaled embedding": (nn.Sequential([ScaledEmbed(7, 4), nn.Dense(3)]), (TOKENS,), {}),
     "tied table": (Tied(), (TOKENS,), {}),
     "table read directly": (ReadDirectly(), (TOKENS,), {}),
+    "positions": (Positions(), (X,), {}),
 }  # fmt: skip
 AT_PRODUCT = {
     "standardized": (Standardized(6, (3, 3)), (IMAGES,), {}),
@@ -694,3 +704,18 @@ def test_all_that_is_unseen_is_listed_at_once():
     ) as error:
         views(Two(), variables, X)
     assert "Dense_0" not in str(error.value)
+
+
+def test_views_of_one_network_are_not_taken_for_those_of_a_stack():
+    """Of an ensemble whose parameters vmap has stacked they would be norms of wrong slices."""
+    model = nn.Dense(8)
+    keys = jax.random.split(KEY, 3)
+    one, stacked = model.init(KEY, X), jax.vmap(lambda key: model.init(key, X))(keys)
+    found = views(model, one, X)
+    sn_jax.init(one["params"], KEY, found)
+    message = r"kernel of shape \(3, 8, 8\).*2 axes.*Matrix\(-2, -1\)"
+    with pytest.raises(ValueError, match=message):
+        sn_jax.init(stacked["params"], KEY, found)
+    state = sn_jax.init(stacked["params"], KEY, {"kernel": sn_jax.Matrix(-2, -1)}, warmup=200)
+    expected = np.linalg.norm(stacked["params"]["kernel"], 2, (1, 2))
+    np.testing.assert_allclose(state["kernel"].sigma, expected, rtol=1e-4)
