@@ -95,8 +95,8 @@ def uses_of(
     constants that a leaf is multiplied by.
 
     Args:
-      fn: function of a dict of arrays by path and of arrays. Concrete arrays that it closes over
-        are constants.
+      fn: function of a dict of arrays by path and of arrays, whose outputs say what is used.
+        Concrete arrays that it closes over are constants.
       leaves: path -> array or ShapeDtypeStruct.
       weights: paths of leaves that count as kernels in products outside of tagged layers, too.
       *args: pytrees of arrays or ShapeDtypeStructs.
@@ -116,7 +116,7 @@ def uses_of(
         if not isinstance(what, Change):
             views.setdefault(path, set()).add(what)
     changes = frozenset(what for what in walk.found.values() if isinstance(what, Change))
-    used = {id(var) for eqn in closed.jaxpr.eqns for var in eqn.invars
+    used = {id(var) for eqn in _live(closed.jaxpr) for var in eqn.invars
             if eqn.primitive is not _tag_p or eqn.params["name"]}  # fmt: skip
     read = (path for path, var in zip(shapes, closed.jaxpr.invars, strict=False) if id(var) in used)
     return Uses(views, changes, frozenset(read))
@@ -238,7 +238,7 @@ class _Walk:
         def known(var) -> _Value:
             return _Constant(lambda: var.val) if isinstance(var, Literal) else env.get(var)
 
-        for eqn in jaxpr.eqns:
+        for eqn in _live(jaxpr):
             outputs = self.equation(eqn, [known(var) for var in eqn.invars], lifted)
             env.update(zip(eqn.outvars, outputs, strict=True))
         return [known(var) for var in jaxpr.outvars]
@@ -416,6 +416,18 @@ class _Walk:
         whole = all(axis is None or sizes[i] == shape[axis] for i, axis in enumerate(x.axes))
         view = Matrix(*(tuple(sorted(group)) for group in groups)) if whole else None
         self.found[id(eqn), x.path] = _with_factor(view, x.factor)
+
+
+def _live(jaxpr: Jaxpr) -> list[Any]:
+    """The equations that an output depends on, and notes of axes: what is computed and thrown
+    away is no use (Flax does so where it initializes mapped variables)."""
+    needed, live = {id(var) for var in jaxpr.outvars}, []
+    for eqn in reversed(jaxpr.eqns):
+        note = eqn.primitive is _tag_p and eqn.params["name"] is None
+        if note or eqn.effects or any(id(var) in needed for var in eqn.outvars):
+            needed.update(map(id, eqn.invars))
+            live.append(eqn)
+    return live[::-1]
 
 
 def _grows(eqn) -> bool:

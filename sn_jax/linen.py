@@ -120,7 +120,10 @@ def _traced(module, params, others, args, kwargs, conv, rngs, method):
             beside.update(_beside_kernel(layer, name))
 
         def mark(kernel, x):
-            return _trace.tag(kernel, adapter(layer, _flax.input_size(layer, x), conv), path)
+            view = adapter(layer, _flax.input_size(layer, x), conv)
+            if view is None and kind is not ConvLocal:  # what the product is, the walk sees
+                return _trace.seen_as(kernel)
+            return _trace.tag(kernel, view, path)
 
         if kind is DenseParams:
             kernel, bias = next_fun(*args, **kwargs)

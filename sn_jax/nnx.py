@@ -127,7 +127,8 @@ def _uses(graphdef, state, args, kwargs, conv, method, *, constants: bool):
                 name = _name((*path, _ADAPTERS[kind].name))
                 _at_product(layer, _mark(layer, kind, conv, name))
         args, kwargs = rebuild(arrays)
-        getattr(model, method)(*args, **kwargs)
+        outputs = getattr(model, method)(*args, **kwargs), nnx.state(model)
+        return [x for x in jax.tree.leaves(outputs) if isinstance(x, jax.Array)]
 
     known = {} if constants else others
     return _trace.uses_of(call, leaves, weights, (arrays, known)), beside
@@ -152,7 +153,8 @@ def _mark(layer, kind, conv, name):
     adapter = _ADAPTERS[kind].view
 
     def mark(kernel, x):
-        return _trace.tag(kernel, adapter(static, _flax.input_size(static, x), conv), name)
+        view = adapter(static, _flax.input_size(static, x), conv)
+        return _trace.seen_as(kernel) if view is None else _trace.tag(kernel, view, name)
 
     return mark
 

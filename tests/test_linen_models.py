@@ -131,6 +131,28 @@ def test_views_of_a_whole_model():
     assert "Dense_0/kernel" not in per_head
 
 
+class Einsum(nn.Module):
+    """The string comes with the call."""
+
+    @nn.compact
+    def __call__(self, x):
+        return nn.Einsum((8, 2, 3))(x, "bti,ihd->bthd")
+
+
+def double(variables):
+    return jax.tree.map(lambda w: 2 * w, variables)
+
+
+def test_views_see_products_that_the_model_uses():
+    model = Einsum()
+    found = views(model, model.init(KEY, X), X)
+    assert found == {"Einsum_0/kernel": sn_jax.Matrix(0, (1, 2))}
+    # Flax runs such a layer twice, and throws away what comes of its raw parameters.
+    model = nn.map_variables(nn.Dense, "params", double, init=True)(4)
+    found = views(model, model.init(KEY, X), X)
+    assert found == {"kernel": sn_jax.Scaled(sn_jax.Matrix(0, 1), np.full((1, 1), 2, np.float32))}
+
+
 def test_views_say_what_they_cannot_see():
     model = nn.ConvLocal(3, (2, 2))
     variables = model.init(KEY, IMAGES)
