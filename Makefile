@@ -6,7 +6,11 @@ RUN := $(VENV)/bin/python
 # PyTorch is large: a CPU build that is at hand can be named here.
 TORCH ?= torch
 
-.PHONY: demo test test-slow test-torch lint clean
+# The library's own, whose numbers depend on the processor.
+CPU_TESTS ?= $(addprefix tests/test_,$(addsuffix .py,contract core norms conv transforms convert \
+	linen linen_models nnx product sharding elsewhere))
+
+.PHONY: demo test test-cpus test-slow test-torch lint clean
 
 ## Train an SN-GAN on handwritten digits; prints where the pictures are.
 demo: $(VENV)/.experiments
@@ -15,6 +19,10 @@ demo: $(VENV)/.experiments
 ## The whole test suite.
 test: $(VENV)/.test
 	$(RUN) -m pytest -n 2 --dist loadgroup
+
+## The library's tests with the BLAS kernels and the instructions of other processors; half an hour.
+test-cpus: $(VENV)/.test
+	$(RUN) tests/cpus.py $(CPU_TESTS)
 
 ## A CIFAR-10 preset with FID from end to end, in little, and a GAN trained by four processes; minutes.
 test-slow: $(VENV)/.test

@@ -223,7 +223,9 @@ def spectral_norms(params: Params, state: State) -> dict[str, Array]:
     return {path: _norm(w, state[path]) for path, w in weights_of(params, state).items()}
 
 
-def calibrate(params: Params, state: State, *, rtol: float = 1e-3, max_steps: int = 1000) -> State:
+def calibrate(
+    params: Params, state: State, *, rtol: float | Array = 1e-3, max_steps: int | Array = 1000
+) -> State:
     """Iterate until the residual says that each triple has converged.
 
     Use after loading weights, or before freezing them. Stops when
@@ -234,8 +236,8 @@ def calibrate(params: Params, state: State, *, rtol: float = 1e-3, max_steps: in
     Args:
       params: the pytree that ``state`` was made for.
       state: where to start.
-      rtol: relative residual, > 0.
-      max_steps: most steps per parameter, ``>= 0``.
+      rtol: relative residual, > 0. May be traced.
+      max_steps: most steps per parameter, ``>= 0``. May be a traced integer.
 
     Returns:
       State: the converged state.
@@ -250,7 +252,7 @@ def calibrate(params: Params, state: State, *, rtol: float = 1e-3, max_steps: in
       >>> print(f"{state['kernel'].sigma:.6f}")
       1.000000
     """
-    if not rtol > 0:
+    if not (isinstance(rtol, jax.core.Tracer) or rtol > 0):
         raise ValueError(f"rtol must be > 0; got {rtol}.")
     max_steps = _power.as_steps(max_steps)
     weights = weights_of(params, state)
@@ -330,13 +332,13 @@ def chosen(update: bool | Array, new: Array, old: Array) -> Array:
 @partial(jax.jit, static_argnames=("view", "n_vectors", "warmup"))
 def _start(w, seed, *, view, n_vectors, warmup):
     start = start_state(w, view, n_vectors, seed)
-    return _updated(start, *_run(partial(_power.iterate, n_steps=warmup), w, start))
+    return _updated(start, *_run(_power.iterate, w, start, n_steps=warmup))
 
 
 @partial(jax.jit, static_argnames=("static_steps", "mode", "gradient"))
 def _normalize(w, singular, bound, traced_steps, *, static_steps, mode, gradient):
     n_steps = static_steps if traced_steps is None else traced_steps
-    sigma, u, v = _run(partial(_power.iterate, n_steps=n_steps), w, singular)
+    sigma, u, v = _run(_power.iterate, w, singular, n_steps=n_steps)
     value, factor = _factor(sigma, bound, mode, gradient)
     if traced_steps is not None:
         value = jnp.where(n_steps > 0, value, singular.sigma)
@@ -402,26 +404,30 @@ def scaled_product(leaf: Leaf) -> Callable[..., Array]:
 
 @jax.jit
 def _norm(w, singular):
-    return _run(partial(_power.iterate, n_steps=0), w, singular).sigma
+    return _run(_power.iterate, w, singular, n_steps=0).sigma
 
 
 @jax.jit
 def _calibrate(w, singular, rtol, max_steps):
-    method = partial(_power.converge, rtol=rtol, max_steps=max_steps)
-    return _updated(singular, *_run(method, w, singular))
+    return _updated(singular, *_run(_power.converge, w, singular, rtol=rtol, max_steps=max_steps))
 
 
-def _run(method, w, singular):
-    """An iteration of _power on one leaf, in at least float32."""
+def _run(method, w, singular, **options):
+    """An iteration of _power on one leaf, in at least float32; options are integers or arrays."""
     view, dtype = singular.view, compute_dtype(w.dtype)
     # Vectors are constants of the gradient, also where a user differentiates through a state.
     u, v = (lax.stop_gradient(x).astype(dtype) for x in (singular.u, singular.v))
     split = _sharding.batch_names(view, w.ndim)
     u, v = (_sharding.pcast(x, sum(split, ())) for x in (u, v))
     apply, batch_ndim = partial(_sharding.matvec, view), len(view.batch_shape(w.shape))
-    run = partial(method, apply, batch_ndim=batch_ndim)
+    static = {name: x for name, x in options.items() if isinstance(x, int)}
+    arrays = {name: x for name, x in options.items() if name not in static}
+
+    def run(w, u, v, arrays):
+        return method(apply, w, u, v, batch_ndim=batch_ndim, **static, **arrays)
+
     run = _sharding.lift_types(run, w, _sharding.types(view, w))
-    return _power.PowerResult(*run(w.astype(dtype), u, v))
+    return _power.PowerResult(*run(w.astype(dtype), u, v, arrays))
 
 
 def _updated(singular, sigma, u, v):

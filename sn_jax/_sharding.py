@@ -97,7 +97,8 @@ def is_explicit(x: Array) -> bool:
 
 def lift_types(run: Callable[..., tuple], w: Array, out: tuple[NamedSharding, ...]):
     """``run(w, ...)`` also on explicit axes, where a sum over a sharded one must say how its result
-    is sharded: it runs as on automatic axes, and its results come out as ``out`` says."""
+    is sharded: it runs as on automatic axes, and its results come out as ``out`` says. Its arrays
+    are all arguments: one that it closed over would keep its explicit type."""
     if not is_explicit(w):
         return run
     return jax.sharding.auto_axes(lambda *args: tuple(run(*args)), out_sharding=out)

@@ -1,14 +1,11 @@
 import os
 
+from flags import quick_flags
+
 # Both before NumPy and JAX are imported.
 # One BLAS thread per test process: two that spin for two cores were 100 times slower.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
-# Nearly all of the suite's time is XLA compiling small programs.
-os.environ.setdefault(
-    "XLA_FLAGS",
-    "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true "
-    "--xla_cpu_parallel_codegen_split_count=1",
-)
+os.environ.setdefault("XLA_FLAGS", quick_flags())
 
 import jax
 import pytest

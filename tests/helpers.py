@@ -12,6 +12,16 @@ import numpy as np
 import sn_jax
 
 
+def svd_rtol(shape: tuple[int, ...], dtype=np.float64) -> float:
+    """How far the computed norm of matrices (..., m, n) may be from the true one, relative to it.
+
+    The backward error of an SVD, of products and of the QR factors of a known spectrum: each is
+    exact for a matrix that differs by some n eps, with n the larger side. Which BLAS kernels
+    a processor runs decides how much of it is seen.
+    """
+    return 16 * max(shape[-2:]) * float(jnp.finfo(dtype).eps)
+
+
 @dataclass(frozen=True)
 class Case:
     """A view on a kernel shape, and the explicit matrix (NumPy only) that it must act as."""
@@ -33,6 +43,10 @@ class Case:
             return rng.standard_normal(self.shape)
         dense = self.to_dense(np.zeros(self.shape))
         return self.from_dense(known_spectrum(rng, dense.shape, gap))
+
+    @property
+    def rtol(self) -> float:
+        return svd_rtol(self.to_dense(np.zeros(self.shape)).shape)
 
     def norms(self, w) -> np.ndarray:
         return np.linalg.norm(self.to_dense(np.asarray(w, np.float64)), 2, (-2, -1))

@@ -120,6 +120,57 @@ def test_several_vectors(mesh):
     assert max(sent) <= largest_vector(view, shape, 2)
 
 
+# Every option that may be an array: steps, relative residual, bounds.
+NUMBERS = (2, 0.3, 0.5)
+ARRAYS = (np.int64(2), np.float64(0.3), np.full(8, 0.5))
+
+
+def by_options(params, state, steps, rtol, bound):
+    """Everything of the functional API that iterates, and the projection."""
+    rules = {"w": Matrix(1, 2)}
+    normalize = partial(sn_jax.spectral_normalize, state=state, n_steps=steps, bound=bound)
+    product = partial(jnp.einsum, "eio,ei->eo", out_sharding=jax.typeof(state["w"].sigma).sharding)
+
+    def project(exact):
+        options = {"n_steps": steps, "bound": bound, "exact": exact}
+        optimizer = sn_jax.transforms.project_spectral_norm(rules, KEY, **options)
+        return optimizer.update(params, optimizer.init(params), params)
+
+    return {
+        "normalize": normalize(params),
+        "gradient": jax.grad(lambda params: jnp.sum(jnp.sin(normalize(params)[0]["w"])))(params),
+        "calibrate": sn_jax.calibrate(params, state, rtol=rtol, max_steps=1000),
+        "max_steps": sn_jax.calibrate(params, state, rtol=1e-9, max_steps=steps),
+        "project": project(exact=False),
+        "exact": project(exact=True),
+        "power_iteration": sn_jax.power_iteration(
+            jax.tree_util.Partial(product, params["w"]), state["w"].v[:, 0], steps, batch_ndim=1
+        ),
+    }
+
+
+@cache
+def by_options_alone():
+    params = {"w": kernel((8, 6, 16))}
+    state = sn_jax.init(params, KEY, {"w": Matrix(1, 2)}, warmup=0)
+    return jax.jit(by_options)(params, state, *NUMBERS)
+
+
+@pytest.mark.parametrize("kind", ["numbers", "arrays", "device", "traced"])
+def test_options_may_be_arrays_on_explicit_axes(kind):
+    mesh = MESHES["Explicit"]
+    run = jax.jit(by_options) if kind == "traced" else by_options
+    with jax.set_mesh(mesh):
+        params = {"w": put(kernel((8, 6, 16)), mesh, P("fsdp", None, "tp"))}
+        state = sn_jax.init(params, KEY, {"w": Matrix(1, 2)}, warmup=0)
+        options = NUMBERS if kind == "numbers" else ARRAYS
+        if kind in ("device", "traced"):
+            options = tuple(map(jnp.asarray, options))  # here, so that their types tell the mesh
+        found = run(params, state, *options)
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(by_options_alone()), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-9)
+
+
 @on_cases
 def test_inside_shard_map(case):
     _, view, shape, spec, *_ = case

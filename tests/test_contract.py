@@ -57,8 +57,8 @@ def test_sigma_rises_and_never_exceeds_the_norm(case, k):
     for _ in range(8):
         _, state = sn_jax.spectral_normalize({"w": w}, state)
         sigma = np.asarray(state["w"].sigma)
-        assert np.all(sigma <= case.norms(w) * (1 + 1e-14))
-        assert np.all(sigma >= previous * (1 - 1e-14))
+        assert np.all(sigma <= case.norms(w) * (1 + case.rtol))
+        assert np.all(sigma >= previous * (1 - case.rtol))
         previous = sigma
 
 
@@ -175,7 +175,7 @@ def test_jit_equals_eager_and_vmap_equals_a_loop(case):
     eager = [step({"w": w}, s) for w, s in zip(ws, states, strict=True)]
     jitted = [jax.jit(step)({"w": w}, s) for w, s in zip(ws, states, strict=True)]
     mapped = jax.vmap(step)({"w": ws}, stacked)
-    close = partial(np.testing.assert_allclose, rtol=1e-12, atol=1e-13)
+    close = partial(np.testing.assert_allclose, rtol=1e-12, atol=1e-12)
     jax.tree.map(close, eager, jitted)
     jax.tree.map(close, jax.tree.map(lambda *xs: jnp.stack(xs), *eager), mapped)
 
@@ -232,7 +232,8 @@ def test_dtype_and_structure_are_kept(case, dtype, mode):
     np.testing.assert_allclose(np.asarray(new["w"].sigma), case.norms(w.astype(F64)), rtol=0.02)
     eps = float(jnp.finfo(dtype).eps)
     ratio = case.norms(normalized["w"].astype(F64)) * np.asarray(new["w"].sigma)
-    np.testing.assert_allclose(ratio, 0.5 * case.norms(w.astype(F64)), rtol=2 * eps)
+    rtol = 2 * eps + case.rtol  # of the entries' rounding, and of the two SVDs
+    np.testing.assert_allclose(ratio, 0.5 * case.norms(w.astype(F64)), rtol=rtol)
 
 
 @pytest.mark.parametrize("k", [1, 2])

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import svd_rtol
 
 import sn_jax
 from sn_jax import Conv, Matrix
@@ -161,10 +162,11 @@ def test_three_train_steps_equal_the_hook_and_bracket_the_parametrization(case, 
     elif not hook:
         _, state = sn_jax.spectral_normalize(params, state, n_steps=1)
         (entry,) = state.values()
+        rtol = svd_rtol((entry.u.size, entry.v.size), np.float32)
         for ours, theirs, next_ours in zip(
             sigmas, record["sigma"], [*sigmas[1:], float(entry.sigma)], strict=True
         ):
-            assert ours * (1 - 1e-6) <= theirs <= next_ours * (1 + 1e-6)
+            assert ours * (1 - rtol) <= theirs <= next_ours * (1 + rtol)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -206,7 +208,8 @@ def test_the_state_after_training_goes_back():
         out = to_torch(params, state, torch[name]["state"])
         params, again = from_torch(out, params)
         np.testing.assert_allclose(again[path].sigma, state[path].sigma, rtol=1e-5)
-        assert again[path].sigma > loaded[path].sigma * (1 - 1e-6)
+        rtol = svd_rtol((entry.u.size, entry.v.size), np.float32)
+        assert again[path].sigma > loaded[path].sigma * (1 - rtol)
 
 
 @pytest.mark.parametrize("transpose_kernel", [False, True])
@@ -316,7 +319,7 @@ def test_dtypes_are_the_templates():
     assert params["kernel"].dtype == jnp.bfloat16
     assert params["bias"].dtype == state["kernel"].u.dtype == jnp.float32
     norm = np.linalg.norm(np.asarray(params["kernel"], np.float64), 2)
-    assert state["kernel"].sigma <= norm * (1 + 1e-6)
+    assert state["kernel"].sigma <= norm * (1 + svd_rtol((5, 4), np.float32))
     back = to_torch(params, state, torch)
     assert back["weight_orig"].dtype == np.float32
 

@@ -356,7 +356,7 @@ def test_6_the_state_has_a_type_and_a_collection_of_its_own():
 def test_7_half_precision_weights_are_iterated_in_float32(dtype):
     w = jnp.asarray(arange_like((128, 64)) * 1e-3, dtype)
     params = {"kernel": w}
-    state = sn_jax.calibrate(params, sn_jax.init(params, KEY), rtol=1e-3)
+    state = sn_jax.calibrate(params, sn_jax.init(params, KEY), rtol=1e-4)
     exact = norm(np.asarray(w, np.float64))
     np.testing.assert_allclose(state["kernel"].sigma, exact, rtol=1e-5)
     normalized, _ = sn_jax.spectral_normalize(params, state)
@@ -413,7 +413,7 @@ def test_10_deepcopy_and_bake():
     np.testing.assert_array_equal(again(X6), wrapped(X6))
     plain = sn_jax.nnx.bake(wrapped)
     assert type(plain) is nnx.Linear
-    np.testing.assert_allclose(plain(X6), wrapped(X6), rtol=1e-6)
+    np.testing.assert_allclose(plain(X6), wrapped(X6), rtol=1e-5)
     assert layer.kernel[...] is not plain.kernel[...]
 
 
