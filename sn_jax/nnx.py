@@ -442,7 +442,8 @@ class SpectralNorm(nnx.Module):
                     "True; leave it False to normalize it."
                 )
             if params[key].ndim == _ADAPTERS[kind].n_axes(layer):  # not stacked
-                found[key] = {_ADAPTERS[kind].view(layer, None, conv)}
+                sized = "reshape" if conv == "operator" else conv  # until the rules say
+                found[key] = {_ADAPTERS[kind].view(layer, None, sized)}
                 if conv == "operator" and _flax.spatial_ndim(layer) and given(key, _LORA) is _LORA:
                     sizes.append(key)
         if sizes:
@@ -556,6 +557,13 @@ class SpectralNorm(nnx.Module):
             return getattr(layer, method)(*args, **kwargs)
         graphdef, state = nnx.split(layer)
         variables = dict(nnx.to_flat_state(state))
+        missing = {path for path, _ in self._options.ndims} - {name_of(path) for path in variables}
+        if missing:
+            raise ValueError(
+                f"SpectralNorm around {type(layer).__name__} normalizes "
+                f"{_core.listed(sorted(missing))}, which the layer holds no longer under this "
+                "path (a shared layer goes by the first of its names): wrap the layer as it is now."
+            )
         seen = self._seen(graphdef, state, args, kwargs, method)
         leaves = self._normalized(variables, seen.views, update_stats)
         replaced = self._replaced(variables, leaves)
@@ -944,8 +952,8 @@ def load_state(model: nnx.Module, params: _core.Params, state: _core.State) -> N
             )
     new = [(path, targets[path], leaf) for path, leaf in leaves.items()]
     for path, (wrapper, name) in kernels.items():
-        view = dict(wrapper._options.views)[name]
-        if not _same_view(view, state[path].view, targets[path].ndim):
+        view, ndim = dict(wrapper._options.views)[name], dict(wrapper._options.ndims)[name]
+        if not _same_view(view, ndim, state[path].view, targets[path].ndim):
             raise ValueError(
                 f"load_state: {path} is seen as {state[path].view} by the state, and as {view} by "
                 f"its SpectralNorm: make that with rules={{{name!r}: <the state's view>}}."
@@ -961,7 +969,10 @@ def load_state(model: nnx.Module, params: _core.Params, state: _core.State) -> N
         v[...] = jnp.asarray(x, v.dtype)
 
 
-def _same_view(a: View, b: View, ndim: int) -> bool:
-    if isinstance(a, Matrix) and isinstance(b, Matrix):
-        return a.axis_groups(ndim) == b.axis_groups(ndim)
-    return a == b
+def _same_view(view: View, ndim: int, other: View, other_ndim: int) -> bool:
+    """Whether views of one element of a stack and of the whole stack, its axes in front, agree."""
+    if not (isinstance(view, Matrix) and isinstance(other, Matrix)):
+        return view == other
+    n = other_ndim - ndim
+    batch, *spaces = (tuple(n + axis for axis in axes) for axes in view.axis_groups(ndim))
+    return other.axis_groups(other_ndim) == ((*range(n), *batch), *spaces)
