@@ -116,10 +116,7 @@ def uses_of(
         if not isinstance(what, Change):
             views.setdefault(path, set()).add(what)
     changes = frozenset(what for what in walk.found.values() if isinstance(what, Change))
-    used = {id(var) for eqn in _live(closed.jaxpr) for var in eqn.invars
-            if eqn.primitive is not _tag_p or eqn.params["name"]}  # fmt: skip
-    read = (path for path, var in zip(shapes, closed.jaxpr.invars, strict=False) if id(var) in used)
-    return Uses(views, changes, frozenset(read))
+    return Uses(views, changes, frozenset(walk.read))
 
 
 def split_arrays(*tree: Any) -> tuple[list[Any], Callable[[list[Any]], Any]]:
@@ -224,6 +221,7 @@ class _Walk:
         self.tags: dict[tuple[int, str], _Tag] = {}
         # Axes of a parameter that the layers which read it know of.
         self.own_axes: dict[str, frozenset[int | None]] = {}
+        self.read: set[str] = set()
         self.scans = itertools.count()
 
     def program(self, closed: ClosedJaxpr, inputs: Sequence[_Value], lifted: bool) -> list[_Value]:
@@ -255,6 +253,8 @@ class _Walk:
         inner = _inner_program(eqn)
         if inner is not None:
             return self.program(inner, inputs, True)
+        if name != _tag_p.name or eqn.params["name"]:
+            self.read.update(x.path for x in inputs if isinstance(x, _Leaf))
         if name == _tag_p.name:
             return [self.tag(eqn, inputs[0], lifted)]
         if all(isinstance(x, _Constant) for x in inputs):

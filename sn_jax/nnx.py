@@ -1,9 +1,11 @@
 """Spectral normalization for Flax NNX: whole-model views, a drop-in wrapper, and export."""
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextvars import ContextVar
-from functools import cache, lru_cache, partial
+from copy import deepcopy
+from dataclasses import dataclass, fields, replace
+from functools import cache, lru_cache, partial, wraps
 from types import SimpleNamespace
 from typing import Any, Literal, NamedTuple
 
@@ -14,9 +16,20 @@ from flax import nnx
 from flax.nnx.nn.dtypes import promote_dtype
 
 from sn_jax import _core, _flax, _trace
+from sn_jax._nnx import (
+    Frozen,
+    HashableDict,
+    Stats,
+    Twin,
+    array_of,
+    described,
+    name_of,
+    with_array,
+)
 from sn_jax._views import Matrix, Scaled, View
 
 ConvView = Literal["reshape", "operator"]
+Method = str | Callable[..., Any]
 
 
 def views(
@@ -24,13 +37,15 @@ def views(
     *args: Any,
     conv: ConvView = "reshape",
     rules: _core.Rules | None = None,
+    method: Method = "__call__",
     **kwargs: Any,
 ) -> dict[str, View]:
     """How every kernel of an NNX model acts, with the strides, padding and sizes it runs at.
 
-    One abstract evaluation of ``model(*args, **kwargs)`` on a copy: nothing is computed and the
-    model is not changed. Layers stacked by ``nnx.scan`` and ``nnx.vmap`` get their stacking axis
-    as a batch axis. Made for ``wrap``, and for ``sn_jax.init(nnx.state(model, nnx.Param), ...)``.
+    One abstract evaluation of ``model(*args, **kwargs)``, or of another method, on a copy: nothing
+    is computed and the model is not changed. Layers stacked by ``nnx.scan`` and ``nnx.vmap`` get
+    their stacking axis as a batch axis. Made for ``wrap``, and for
+    ``sn_jax.init(nnx.state(model, nnx.Param), ...)``.
 
     The norm is that of the kernel which enters the product: one that is multiplied by constants
     first (a mask, a fixed factor, a variable that is no Param) gets a ``Scaled`` view, one that
@@ -43,6 +58,8 @@ def views(
         "operator" as the linear maps that they are at their input's size.
       rules: regular expression -> view or None for parameters that the trace cannot see through
         or that you want seen otherwise, such as per head: ``{r".*/query/kernel": Matrix(0, 2)}``.
+      method: what is called: the name of a method, or a function ``method(model, *args)``, such as
+        ``lambda model, x: model.decode(model.encode(x))``.
 
     Returns:
       dict: path, such as ``layers/0/kernel`` -> view; a set of rules.
@@ -51,6 +68,7 @@ def views(
       ValueError: parameters named kernel, w, weight or embedding (all at once) are not seen, act
         in two ways, or change on their way to the product other than by constants (LoRA, too);
         the ways out are ``rules`` and, for the last, ``SpectralNorm``.
+      TypeError: ``model`` is no module.
 
     Example:
       >>> rngs = nnx.Rngs(0)
@@ -60,24 +78,24 @@ def views(
       layers/0/kernel Matrix(in_axes=(0, 1, 2), out_axes=(3,))
       layers/1/kernel Matrix(in_axes=(0,), out_axes=(1,))
     """
+    _check_model(model, "views(model, *args)")
     graphdef, state = nnx.split(model)
     params = _params(state)
-    uses, beside = _uses(graphdef, state, args, kwargs, conv, "__call__", constants=True)
+    uses, beside = _uses(graphdef, state, args, kwargs, conv, method, constants=True)
     return _flax.resolve(params, uses, beside, rules, "sn_jax.nnx.views").views
 
 
-def _name(path: tuple) -> str:
-    return "/".join(map(str, path))
+def _check_model(model: Any, call: str) -> None:
+    if not isinstance(model, nnx.Module):
+        raise TypeError(
+            f"sn_jax.nnx.{call} takes an nnx.Module first, made already: model = "
+            f"Model(..., rngs=rngs). It got {described(model)}."
+        )
 
 
-def _array(v: Any) -> jax.Array:
-    """The array (or its type) of a variable, or of an attribute that is one."""
-    raw = _raw(v)
-    return v[...] if isinstance(v, nnx.Variable) and isinstance(raw, jax.Array) else raw
-
-
-def _with_array(v: Any, array: jax.Array) -> Any:
-    return v.replace(array) if isinstance(v, nnx.Variable) else array
+def _run_method(model: nnx.Module, method: Method, args, kwargs) -> Any:
+    return (getattr(model, method)(*args, **kwargs) if isinstance(method, str)
+            else method(model, *args, **kwargs))  # fmt: skip
 
 
 def _told(v: nnx.Variable) -> nnx.Variable:
@@ -92,7 +110,7 @@ def _note_axes(_, value):
 
 
 def _params(state: nnx.State) -> dict[str, jax.Array]:
-    return {_name(path): _array(v) for path, v in nnx.to_flat_state(state)
+    return {name_of(path): array_of(v) for path, v in nnx.to_flat_state(state)
             if isinstance(v, nnx.Param)}  # fmt: skip
 
 
@@ -104,33 +122,37 @@ def _uses(graphdef, state, args, kwargs, conv, method, *, constants: bool):
       graphdef, state: the model; nothing in it is changed.
       args, kwargs: of the call.
       conv: as in ``views``.
-      constants: whether arrays that are no parameters (masks, statistics) keep their values.
+      constants: whether arrays that are no parameters (masks, statistics) keep their values; those
+        that are Frozen do in any case.
     """
-    variables = {_name(path): (path, v) for path, v in nnx.to_flat_state(state)}
-    leaves = {name: _array(v) for name, (_, v) in variables.items() if isinstance(v, nnx.Param)}
-    others = {name: _array(v) for name, (_, v) in variables.items() if name not in leaves}
+    variables = {name_of(path): (path, v) for path, v in nnx.to_flat_state(state)}
+    leaves = {name: array_of(v) for name, (_, v) in variables.items() if isinstance(v, nnx.Param)}
+    others = {name: array_of(v) for name, (_, v) in variables.items() if name not in leaves}
     arrays, rebuild = _trace.split_arrays(args, kwargs)
+    # What is no array (a number that is data) is what it is.
+    known, rebuild_others = _trace.split_arrays({} if constants else others)
     weights = _flax.weight_paths(leaves)
     beside: dict[str, str] = {}
 
     def call(leaves, traced):
         arrays, known = traced
-        values = {**(others if constants else known), **leaves}
-        flat = [(path, _with_array(v, values[name])) for name, (path, v) in variables.items()]
-        flat = [(path, _told(v) if _name(path) in weights else v) for path, v in flat]
+        (unknown,) = rebuild_others(known)
+        values = {**others, **unknown, **leaves}
+        values = {name: w.array if isinstance(w, Frozen) else w for name, w in values.items()}
+        flat = [(path, with_array(v, values[name])) for name, (path, v) in variables.items()]
+        flat = [(path, _told(v) if name_of(path) in weights else v) for path, v in flat]
         model = nnx.merge(graphdef, nnx.from_flat_state(flat))
         for path, layer in nnx.iter_modules(model):
             kind = _kind(layer)
             if isinstance(layer, nnx.LoRA) or (kind is not None and type(layer) is not kind):
                 beside.update(_beside_kernel(path, layer))
             if kind is not None:
-                name = _name((*path, _ADAPTERS[kind].name))
+                name = name_of((*path, _ADAPTERS[kind].name))
                 _at_product(layer, _mark(layer, kind, conv, name))
         args, kwargs = rebuild(arrays)
-        outputs = getattr(model, method)(*args, **kwargs), nnx.state(model)
+        outputs = _run_method(model, method, args, kwargs), nnx.state(model)
         return [x for x in jax.tree.leaves(outputs) if isinstance(x, jax.Array)]
 
-    known = {} if constants else others
     return _trace.uses_of(call, leaves, weights, (arrays, known)), beside
 
 
@@ -143,7 +165,7 @@ def _beside_kernel(path, layer) -> dict[str, str]:
     """Paths of what a layer made from a stock one has beside kernel and bias, with its name."""
     own = ("kernel",), ("embedding",), ("bias",)
     flat = nnx.to_flat_state(nnx.state(layer, nnx.Param))
-    return {_name((*path, *key)): type(layer).__name__ for key, _ in flat if key not in own}
+    return {name_of((*path, *key)): type(layer).__name__ for key, _ in flat if key not in own}
 
 
 def _mark(layer, kind, conv, name):
@@ -228,19 +250,19 @@ def _lora_groups(model: nnx.Module) -> dict[str, tuple[str | None, str, str]]:
     groups, inside = {}, set()
     for path, layer in nnx.iter_modules(model):
         if isinstance(layer, nnx.LoRALinear):
-            a, b = (_name((*path, "lora", name)) for name in ("lora_a", "lora_b"))
-            groups[_name((*path, "kernel"))] = _name((*path, "kernel")), a, b
+            a, b = (name_of((*path, "lora", name)) for name in ("lora_a", "lora_b"))
+            groups[name_of((*path, "kernel"))] = name_of((*path, "kernel")), a, b
             inside.add(a)
         elif isinstance(layer, nnx.LoRA):
-            a, b = (_name((*path, name)) for name in ("lora_a", "lora_b"))
-            base, kernel = layer.base_module, _name((*path, "base_module", "kernel"))
+            a, b = (name_of((*path, name)) for name in ("lora_a", "lora_b"))
+            base, kernel = layer.base_module, name_of((*path, "base_module", "kernel"))
             if base is None:
                 groups[b] = None, a, b
             elif type(base) is nnx.Linear:
                 groups[kernel] = kernel, a, b
             else:
                 raise ValueError(
-                    f"SpectralNorm: the LoRA {_name(path) or 'at the root'} adds to a "
+                    f"SpectralNorm: the LoRA {name_of(path) or 'at the root'} adds to a "
                     f"{type(base).__name__}, and the norm of the sum is not seen; normalize an "
                     "nnx.Linear with LoRA, or merge the adapter into the model first."
                 )
@@ -256,6 +278,65 @@ class SpectralStat(nnx.BatchStat):
     """
 
 
+@dataclass(frozen=True)
+class _Options:
+    """What a SpectralNorm was made with, and what that says of its layer; static and hashable."""
+
+    n_steps: int
+    epsilon: float
+    dtype: Any
+    param_dtype: Any
+    bound: Any
+    mode: str
+    gradient: str
+    conv: ConvView
+    n_vectors: int
+    warmup: int
+    stateless: bool
+    store_v: bool
+    rules: HashableDict
+    # Whether every kernel enters its product as it is stored: no call is looked at then.
+    known: bool
+    views: tuple[tuple[str, View], ...]
+    ndims: tuple[tuple[str, int], ...]
+    loras: tuple[tuple[str, tuple[str | None, str, str]], ...]
+
+    def __post_init__(self):
+        if self.n_steps < 1:
+            raise ValueError(
+                f"SpectralNorm needs n_steps >= 1, got {self.n_steps}; without the wrapper the "
+                "layer is left alone."
+            )
+        object.__setattr__(self, "bound", _frozen_bound(self.bound))
+
+    def bounds(self) -> Mapping[str, Any]:
+        bound = self.bound
+        if isinstance(bound, Mapping):
+            bound = {path: b.array if isinstance(b, Frozen) else b for path, b in bound.items()}
+        bound = bound.array if isinstance(bound, Frozen) else bound
+        return _core.bounds_by_path(bound, dict(self.views))
+
+
+_OPTIONS = frozenset(field.name for field in fields(_Options))
+_CHANGEABLE = {"n_steps", "epsilon", "dtype", "bound", "mode", "gradient", "warmup"}
+# The wrapper's own attributes; all others are the layer's first.
+_OWN = {"layer_instance", "batch_stats", "scales", "use_running_average", "_options"}
+
+
+def _frozen_bound(bound: Any) -> Any:
+    """A bound that can be hashed: numbers as floats, arrays Frozen."""
+    if isinstance(bound, Mapping):
+        return HashableDict({path: _frozen_bound(b) for path, b in bound.items()})
+    if isinstance(bound, jax.core.Tracer):
+        raise TypeError(
+            "bound of SpectralNorm is a static option and cannot be traced: give a number, or use "
+            "sn_jax.spectral_normalize, which takes a traced one."
+        )
+    if isinstance(bound, jax.Array | np.ndarray | np.generic):
+        return bound.item() if np.ndim(bound) == 0 else Frozen(np.asarray(bound))
+    return bound
+
+
 class SpectralNorm(nnx.Module):
     """A layer whose kernels are divided by their spectral norms at every call.
 
@@ -266,9 +347,13 @@ class SpectralNorm(nnx.Module):
     first call of such a layer takes ``warmup`` steps. In training (``.train()``) a call stores
     ``n_steps`` of power iteration; in eval it computes the same and stores nothing.
 
+    The wrapped module behaves as the module: its methods run with normalized kernels, and what a
+    call changes (statistics, caches, counters, new attributes, dropout's streams) stays changed.
+    Its attributes are this module's, and come before options of the same name:
+    ``SpectralNorm(nnx.Linear(...)).dtype`` is the layer's. ``layer_instance`` is the raw layer.
+
     Args:
-      layer_instance: any module: ``nnx.Linear``, attention, a recurrent cell, a whole model. Its
-        attributes and methods are this module's too.
+      layer_instance: any module: ``nnx.Linear``, attention, a recurrent cell, a whole model.
       n_steps: power-iteration steps per call, >= 1; None is 1, or 15 if stateless.
       epsilon: accepted for flax's sake; no floor is needed.
       dtype: of the normalized kernel; None keeps the kernel's own.
@@ -277,15 +362,21 @@ class SpectralNorm(nnx.Module):
       update_stats: start in training mode.
       rngs: its ``params`` stream gives the start.
       bound, mode, gradient: as in ``sn_jax.spectral_normalize``.
-      rules: path in the layer -> view or None; from ``views`` for stacked layers and for
-        convolutions as operators, which a layer that has not yet run does not tell.
+      conv: "reshape" sees convolutions flattened to (taps * in, out). As linear maps on their
+        inputs ("operator") a layer that has not yet run cannot see them: that is given by
+        ``rules=sn_jax.nnx.views(layer, x, conv="operator")``.
+      rules: path in the layer -> view or None; from ``views`` for stacked layers, too.
       n_vectors, warmup: as in ``sn_jax.init``.
       use_scale: multiply each normalized kernel by a learned scale, initially 1 (the gamma of
         sigma-Reparam, Zhai et al. 2023).
       stateless: iterate from a fixed start at every call, without a state.
+      store_v: keep ``v`` beside ``u``, and take the stored pair in eval, with no iteration:
+        ``sigma = <u, W v>``, as torch does. See ``load_state``.
 
     Raises:
-      ValueError: no kernel to normalize, or one whose use cannot be seen; ``n_steps`` < 1.
+      ValueError: no kernel to normalize, or one whose use cannot be seen; ``n_steps`` < 1; options
+        that exclude each other.
+      TypeError: no module; rules that are no mapping.
 
     Example:
       >>> rngs = nnx.Rngs(0)
@@ -307,40 +398,44 @@ class SpectralNorm(nnx.Module):
         error_on_non_matrix: bool = False,
         update_stats: bool = True,
         rngs: nnx.Rngs,
-        bound: float = 1.0,
+        bound: _core.Bound = 1.0,
         mode: Literal["divide", "clip"] = "divide",
         gradient: Literal["through", "stop"] = "through",
+        conv: ConvView = "reshape",
         rules: _core.Rules | None = None,
         n_vectors: int = 1,
         warmup: int = 15,
         use_scale: bool = False,
         stateless: bool = False,
+        store_v: bool = False,
     ):
-        what = f"SpectralNorm around {type(layer_instance).__name__}"
         if not isinstance(layer_instance, nnx.Module):
             raise TypeError(
-                f"SpectralNorm wraps a module such as nnx.Linear, not {layer_instance!r}."
+                "SpectralNorm wraps a module such as nnx.Linear, made already, before it is "
+                "called: SpectralNorm(nnx.Linear(2, 3, rngs=rngs), rngs=rngs)(x). It got "
+                f"{described(layer_instance)}."
             )
-        if n_steps is not None and n_steps < 1:
+        what = f"SpectralNorm around {type(layer_instance).__name__}"
+        if not isinstance(rules, Mapping | None):
+            raise TypeError(
+                f"{what}: rules map paths to views, as sn_jax.nnx.views(model, x) returns them; "
+                f"got {described(rules)}."
+            )
+        if stateless and store_v:
             raise ValueError(
-                f"SpectralNorm needs n_steps >= 1, got {n_steps}; without the wrapper the layer is "
-                "left alone."
+                f"{what}: stateless keeps nothing, and store_v=True keeps v; drop one."
             )
         if any(isinstance(layer, SpectralNorm) for _, layer in nnx.iter_modules(layer_instance)):
             raise ValueError(f"{what}, which holds a SpectralNorm already: wrap a layer once.")
         self.layer_instance = layer_instance
-        self.n_steps = n_steps or (15 if stateless else 1)
-        self.epsilon, self.dtype, self.param_dtype = epsilon, dtype, param_dtype
-        self.bound, self.mode, self.gradient = bound, mode, gradient
-        self.n_vectors, self.stateless = n_vectors, stateless
         # The name that flax's .train() and .eval() set on modules.
         self.use_running_average = not update_stats
 
         params = _params(nnx.state(layer_instance, nnx.Param))
-        found = {}
+        found, sizes, given = {}, [], _core.compile_rules(rules, params)
         for path, layer in nnx.iter_modules(layer_instance):
             kind = _kind(layer)
-            key = _name((*path, _ADAPTERS[kind].name)) if kind else None
+            key = name_of((*path, _ADAPTERS[kind].name)) if kind else None
             if key not in params:
                 continue
             if error_on_non_matrix and params[key].ndim > 2:
@@ -349,40 +444,53 @@ class SpectralNorm(nnx.Module):
                     "True; leave it False to normalize it."
                 )
             if params[key].ndim == _ADAPTERS[kind].n_axes(layer):  # not stacked
-                found[key] = {_ADAPTERS[kind].view(layer, None, "reshape")}
+                sized = "reshape" if conv == "operator" else conv  # until the rules say
+                found[key] = {_ADAPTERS[kind].view(layer, None, sized)}
+                if conv == "operator" and _flax.spatial_ndim(layer) and given(key, _LORA) is _LORA:
+                    sizes.append(key)
+        if sizes:
+            raise ValueError(
+                f'{what}: conv="operator" needs the size of the input of {_core.listed(sizes)}, '
+                "which a layer that has not run does not tell: give "
+                'rules=sn_jax.nnx.views(layer, x, conv="operator").'
+            )
         for key, w in params.items():
             if key in _flax.weight_paths(params) and w.ndim == 2:
                 found.setdefault(key, {Matrix()})
-        self.loras = tuple(sorted(_lora_groups(layer_instance).items()))
-        found |= {key: {_LORA} for key, _ in self.loras}
+        loras = tuple(sorted(_lora_groups(layer_instance).items()))
+        found |= {key: {_LORA} for key, _ in loras}
         uses = _trace.Uses(found, frozenset(), frozenset(params))
         resolved = _flax.resolve(params, uses, {}, rules, what).views
         # Where a layer may change its kernel on the way to the product, each call is looked at,
         # unless the rules say how to see every kernel.
-        given = _core.compile_rules(rules, params)
-        self.known = all(given(path, None) is not None for path in resolved) or all(
+        known = all(given(path, None) is not None for path in resolved) or all(
             _is_known(layer) for _, layer in nnx.iter_modules(layer_instance)
         )
-        self.views = tuple(sorted(resolved.items()))  # hashable: a static attribute
-        self.ndims = tuple((path, params[path].ndim) for path in sorted(resolved))
-        self.warmup, self.rules = warmup, tuple((rules or {}).items())
+        self._options = _Options(
+            n_steps=(15 if stateless else 1) if n_steps is None else n_steps,
+            epsilon=epsilon, dtype=dtype, param_dtype=param_dtype,
+            bound=bound, mode=mode, gradient=gradient, conv=conv,
+            n_vectors=n_vectors, warmup=warmup, stateless=stateless, store_v=store_v,
+            rules=HashableDict(rules or {}), known=known, views=tuple(sorted(resolved.items())),
+            ndims=tuple((path, params[path].ndim) for path in sorted(resolved)), loras=loras,
+        )  # fmt: skip
         params = self._effective(params)
 
         state = {}
         if not stateless:
             state = _core.init(params, rngs.params(), resolved, n_vectors=n_vectors, warmup=warmup)
-        stats: dict[str, Any] = {}
+        stats, scales = Stats(), Stats()
         for path, singular in state.items():
-            node = _descend(stats, path)
-            node["u"] = SpectralStat(singular.u.astype(param_dtype))
-            # Zero until what enters the product has been seen: the first call warms up then.
-            sigma = singular.sigma if self.known else jnp.zeros_like(singular.sigma)
-            node["sigma"] = SpectralStat(sigma.astype(param_dtype))
+            node = stats.at(path.split("/"))
+            for key in self._stored_fields():
+                x = getattr(singular, key)
+                # Zero until what enters the product has been seen: the first call warms up then.
+                x = jnp.zeros_like(x) if key == "sigma" and not known else x
+                node[key] = SpectralStat(x.astype(param_dtype))
         self.batch_stats = nnx.data(stats)
-        scales: dict[str, Any] = {}
-        for path, view in self.views if use_scale else ():
-            ones = jnp.ones(view.batch_shape(params[path].shape), param_dtype)
-            _descend(scales, path)["scale"] = nnx.Param(ones)
+        for path in resolved if use_scale else ():
+            ones = jnp.ones(resolved[path].batch_shape(params[path].shape), param_dtype)
+            scales.at(path.split("/"))["scale"] = nnx.Param(ones)
         self.scales = nnx.data(scales)
 
     def set_view(self, use_running_average: bool | None = None, **kwargs) -> dict:
@@ -405,74 +513,104 @@ class SpectralNorm(nnx.Module):
         return self._run("__call__", args, kwargs, update_stats)
 
     def __getattr__(self, name: str):
-        # Only for names that this module lacks: the layer's attributes and methods.
+        # Only for names that this module lacks: the layer's attributes and methods, then options.
         if name.startswith("__") or "layer_instance" not in vars(self):
             raise AttributeError(f"{type(self).__name__} has no attribute {name!r}.")
         layer = vars(self)["layer_instance"]
+        if name in _OPTIONS and not hasattr(layer, name):
+            return getattr(vars(self)["_options"], name)
         value = getattr(layer, name)
-        if inspect.ismethod(value) and value.__self__ is layer:
-            return lambda *args, **kwargs: self._run(name, args, kwargs, None)
-        return value
+        if name in vars(layer) or not _is_method(inspect.getattr_static(layer, name, None)):
+            return value
 
-    def is_stacked(self) -> bool:
+        @wraps(value)
+        def method(*args, **kwargs):
+            return self._run(name, args, kwargs, None)
+
+        return method
+
+    def __setattr__(self, name: str, value: Any):
+        if name in _OWN or name.startswith("__") or "_options" not in vars(self):
+            super().__setattr__(name, value)
+        elif hasattr(self.layer_instance, name):
+            setattr(self.layer_instance, name, value)
+        elif name in _CHANGEABLE:
+            self._options = replace(self._options, **{name: value})
+        elif name in _OPTIONS:
+            raise AttributeError(
+                f"{name} is fixed when a SpectralNorm is made: make a new one around "
+                f"{type(self.layer_instance).__name__}, its layer_instance."
+            )
+        else:
+            super().__setattr__(name, value)
+
+    def _is_stacked(self) -> bool:
         """Whether this is a stack of wrappers, as ``nnx.vmap`` makes them."""
         params = nnx.to_flat_state(nnx.state(self.layer_instance, nnx.Param))
-        shapes = {_name(path): v.shape for path, v in params}
-        return any(len(shapes[path]) != n_axes for path, n_axes in self.ndims)
+        shapes = {name_of(path): v.shape for path, v in params}
+        return any(len(shapes[path]) != n_axes for path, n_axes in self._options.ndims)
 
     def _run(self, method, args, kwargs, update_stats):
         """A method of the layer, on a copy with normalized kernels."""
+        layer = self.layer_instance
         if update_stats is None:
             update_stats = not self.use_running_average
         if _trace.looking.get():  # views are of the stored kernels
-            return getattr(self.layer_instance, method)(*args, **kwargs)
-        graphdef, state = nnx.split(self.layer_instance)
+            return getattr(layer, method)(*args, **kwargs)
+        graphdef, state = nnx.split(layer)
         variables = dict(nnx.to_flat_state(state))
+        missing = {path for path, _ in self._options.ndims} - {name_of(path) for path in variables}
+        if missing:
+            raise ValueError(
+                f"SpectralNorm around {type(layer).__name__} normalizes "
+                f"{_core.listed(sorted(missing))}, which the layer holds no longer under this "
+                "path (a shared layer goes by the first of its names): wrap the layer as it is now."
+            )
         seen = self._seen(graphdef, state, args, kwargs, method)
         leaves = self._normalized(variables, seen.views, update_stats)
         replaced = self._replaced(variables, leaves)
         for path, v in variables.items():
-            if _name(path) in seen.at_product:  # the layer may write to it, as nnx.WeightNorm does
-                replaced[path] = _with_array(v, _array(v))
-        before = {path: _raw(v) for path, v in replaced.items()}
-        copy = nnx.merge(graphdef, nnx.from_flat_state(list(replaced.items())))
+            if name_of(path) in seen.at_product:  # it may be written to, as by nnx.WeightNorm
+                replaced[path] = with_array(v, array_of(v))
+        twin = Twin(layer, graphdef, replaced)
         # Inside other layers nnx.jit and the like may run, where an array from out here is a leak.
-        scaled = type(copy) in (*_dense_layers(), nnx.MultiHeadAttention)
-        for path, layer in nnx.iter_modules(copy):
-            kind, stock = _kind(layer), _dense_layers().get(type(layer))
-            name = _name((*path, _ADAPTERS[kind].name)) if kind else None
+        scaled = type(layer) in (*_dense_layers(), nnx.MultiHeadAttention)
+        for path, part in nnx.iter_modules(twin.copy):
+            kind, stock = _kind(part), _dense_layers().get(type(part))
+            name = name_of((*path, _ADAPTERS[kind].name)) if kind else None
             if name in seen.at_product:
-                _at_product(layer, self._normalizer(name, seen.at_product[name], update_stats))
-            elif scaled and stock and name in leaves and _core.is_plain_product(layer, stock):
-                layer.dot_general = _core.scaled_product(leaves[name])
-        out = getattr(copy, method)(*args, **kwargs)
-        # What the call changed (batch statistics, counters, sown values) goes back to the layer.
-        changed = [
-            (path, v) for path, v in nnx.to_flat_state(nnx.state(copy))
-            if replaced.get(path) is variables.get(path) and before.get(path) is not _raw(v)
-        ]  # fmt: skip
-        if changed:
-            nnx.update(self.layer_instance, nnx.from_flat_state(changed))
-        return out
+                _at_product(part, self._normalizer(name, seen.at_product[name], update_stats))
+            elif scaled and stock and name in leaves and _core.is_plain_product(part, stock):
+                part.dot_general = _core.scaled_product(leaves[name])
+        out = twin.run(method, args, kwargs)
+        return self if out is layer else out
 
     def _seen(self, graphdef, state, args, kwargs, method) -> _flax.Resolved:
         """What this call normalizes, and how."""
-        if self.known:
-            return _flax.Resolved(dict(self.views), {})
-        who = f"SpectralNorm around {type(self.layer_instance).__name__}"
+        options, layer = self._options, self.layer_instance
+        if options.known:
+            return _flax.Resolved(dict(options.views), {})
+        who = f"SpectralNorm around {type(layer).__name__}"
         baking = _baking.get()
         if baking is not None:
-            options = method, self.loras, self.rules, "bake", who
-            seen = baking[id(self.layer_instance)] = _resolved(
-                graphdef, state, args, kwargs, *options
-            )
+            seen = _resolved(graphdef, state, args, kwargs, method, options, "bake", who)
+            before = baking.get(id(layer), seen)
+            baking[id(layer)] = _flax.Resolved({**before.views, **seen.views}, {})
             return seen
+        # NumPy attributes are constants, as Python code of the layer may read them.
+        state = nnx.from_flat_state([(path, Frozen(v) if isinstance(v, np.ndarray) else v)
+                                     for path, v in nnx.to_flat_state(state)])  # fmt: skip
         leaves, treedef = jax.tree.flatten((state, args, kwargs))
         types = tuple(jax.typeof(x) if isinstance(x, jax.Array | np.ndarray) else x for x in leaves)
-        seen = _resolved_types(
-            graphdef, types, treedef, method, self.loras, self.rules, "wrap", who
-        )
-        unknown = {*seen.views, *seen.at_product} - {path for path, _ in self.views}
+        call = graphdef, types, treedef, method, options, who
+        try:
+            hash(call)
+        except TypeError:  # a static attribute is a list or the like, which no run shall change
+            graphdef = deepcopy(graphdef)
+            seen = _resolved_types.__wrapped__(graphdef, *call[1:])
+        else:
+            seen = _resolved_types(*call)
+        unknown = {*seen.views, *seen.at_product} - {path for path, _ in options.views}
         if unknown:
             raise ValueError(
                 f"{who} has no state for {_core.listed(sorted(unknown))}, which this call uses as "
@@ -494,7 +632,7 @@ class SpectralNorm(nnx.Module):
 
     def _normalized(self, variables, views, update_stats) -> dict[str, _core.Leaf]:
         """Path -> Leaf; stores the new state if ``update_stats``."""
-        params = self._effective({_name(path): _array(v) for path, v in variables.items()})
+        params = self._effective({name_of(path): array_of(v) for path, v in variables.items()})
         return {
             name: self._leaf(name, params[name], view, update_stats, warm=isinstance(view, Scaled))
             for name, view in views.items()
@@ -503,7 +641,7 @@ class SpectralNorm(nnx.Module):
     def _effective(self, params):
         """Parameters with kernel + a b in place of what LoRA adds to."""
         sums = {}
-        for name, (kernel, a, b) in self.loras:
+        for name, (kernel, a, b) in self._options.loras:
             product = params[a] @ params[b]
             sums[name] = product if kernel is None else params[kernel] + product
         return {**params, **sums}
@@ -511,73 +649,88 @@ class SpectralNorm(nnx.Module):
     def _leaf(self, name, w, view, update_stats, *, warm: bool) -> _core.Leaf:
         """One normalized kernel; ``warm`` if the stored vectors may be those of another matrix,
         as long as sigma is zero."""
-        n_steps, old = self.n_steps, self._stored(name, w, view)
-        if warm and not self.stateless and not self.known:
+        options, old = self._options, self._stored(name, w, view)
+        n_steps = options.n_steps
+        if options.store_v:
+            n_steps = _core.chosen(update_stats, n_steps, 0)
+        if warm and not options.stateless and not options.known:
             first = jnp.all(old.sigma == 0)
-            n_steps = jnp.where(first, max(n_steps, self.warmup), n_steps)
-        bounds = _core.bounds_by_path(self.bound, dict(self.views))
+            n_steps = jnp.where(first, max(options.n_steps, options.warmup), n_steps)
         leaf = _core.normalized_leaves(
-            {name: w}, {name: old},
-            n_steps=n_steps, bound={name: bounds[name]}, mode=self.mode, gradient=self.gradient,
+            {name: w}, {name: old}, n_steps=n_steps, bound={name: options.bounds()[name]},
+            mode=options.mode, gradient=options.gradient,
         )[name]  # fmt: skip
         self._store(name, old, leaf.singular, update_stats)
         if self.scales:
-            leaf = leaf.rescaled(_descend(self.scales, name)["scale"][...])
-        return leaf if self.dtype is None else leaf.cast(self.dtype)
+            leaf = leaf.rescaled(self.scales.at(name.split("/"))["scale"][...])
+        return leaf if options.dtype is None else leaf.cast(options.dtype)
 
     def _replaced(self, variables, leaves) -> dict[tuple, Any]:
         """The layer's variables with normalized kernels."""
-        scaled = {name: leaf.scaled for name, leaf in leaves.items()}
-        loras, arrays = dict(self.loras), {_name(path): _array(v) for path, v in variables.items()}
-        for name in loras.keys() & leaves.keys():
-            kernel, _, b = loras[name]
+        scaled, loras = {name: leaf.scaled for name, leaf in leaves.items()}, self._options.loras
+        arrays = {name_of(path): array_of(v) for path, v in variables.items()}
+        for name, (kernel, _, b) in loras:
+            if name not in leaves:
+                continue
             leaf = leaves[name]
             scaled.pop(name)
             for part in filter(None, (kernel, b)):  # kernel + a b, each times the factor
                 scaled[part] = leaf.singular.view.scale(arrays[part], leaf.factor)
         return {
-            path: _with_array(v, scaled[_name(path)]) if _name(path) in scaled else v
+            path: with_array(v, scaled[name_of(path)]) if name_of(path) in scaled else v
             for path, v in variables.items()
         }
 
+    def _stored_fields(self) -> tuple[str, ...]:
+        return ("u", "v", "sigma") if self._options.store_v else ("u", "sigma")
+
     def _stored(self, name, w, view):
-        """The state of one kernel: u and sigma as stored; v to be iterated from u."""
-        if self.stateless:
-            return _core.start_state(w, view, self.n_vectors)
-        stats = _descend(self.batch_stats, name)
+        """The state of one kernel: u and sigma as stored; v, too, or to be iterated from u."""
+        if self._options.stateless:
+            return _core.start_state(w, view, self._options.n_vectors)
+        stats = self.batch_stats.at(name.split("/"))
+        if self._options.store_v:
+            return _core.Singular(*(stats[key][...] for key in ("u", "v", "sigma")), view)
         return _core.stored_state(w, view, stats["u"][...], stats["sigma"][...])
 
     def _store(self, name, old, new, update_stats):
-        if not self.stateless and update_stats is not False:
-            stats = _descend(self.batch_stats, name)
-            for key in ("u", "sigma"):
+        if not self._options.stateless and update_stats is not False:
+            stats = self.batch_stats.at(name.split("/"))
+            for key in self._stored_fields():
                 stats[key][...] = _core.chosen(update_stats, getattr(new, key), getattr(old, key))
 
 
-# By the layer's identity what a call of it uses; None where no call is looked at for ``bake``.
+def _is_method(attribute: Any) -> bool:
+    """Whether a class attribute is called with the instance first: functions, also as wrapped by
+    nnx.jit and the like."""
+    return hasattr(type(attribute), "__get__") and not isinstance(
+        attribute, staticmethod | classmethod | property | type
+    ) and callable(attribute)  # fmt: skip
+
+
+# By the layer's identity what calls of it use; None where no call is looked at for ``bake``.
 _baking: ContextVar[dict[int, _flax.Resolved] | None] = ContextVar("_baking", default=None)
 _LORA = Matrix(0, 1)
 
 
-def _resolved(graphdef, state, args, kwargs, method, loras, rules, task, who) -> _flax.Resolved:
+def _resolved(graphdef, state, args, kwargs, method, options, task, who) -> _flax.Resolved:
     """What a call normalizes; constants only for "bake", as others may change between calls."""
     constants = task == "bake"
-    uses, beside = _uses(graphdef, state, args, kwargs, "reshape", method, constants=constants)
-    for _, (_, a, b) in loras:
-        beside.pop(a, None)
-        beside.pop(b, None)
-    seen = _flax.resolve(_params(state), uses, beside, dict(rules), who, task)
-    return seen._replace(views={name: _LORA for name, _ in loras} | seen.views)
+    uses, beside = _uses(graphdef, state, args, kwargs, options.conv, method, constants=constants)
+    parts = {part for _, group in options.loras for part in group}
+    beside = {path: layer for path, layer in beside.items() if path not in parts}
+    params = _params(state)
+    kernels = {path for path, _ in options.views} | parts | _flax.weight_paths(params)
+    if not uses.changes and not uses.views.keys() & kernels and not uses.read & kernels:
+        return _flax.Resolved({}, {})  # as init_cache, which multiplies by nothing
+    seen = _flax.resolve(params, uses, beside, options.rules, who, task)
+    return seen._replace(views={name: _LORA for name, _ in options.loras} | seen.views)
 
 
 @lru_cache(maxsize=256)
-def _resolved_types(graphdef, types, treedef, *options) -> _flax.Resolved:
+def _resolved_types(graphdef, types, treedef, method, options, who) -> _flax.Resolved:
     """The same, looked at once for all calls with arrays of these types."""
-    return _resolved(graphdef, *treedef.unflatten(types), *options)
-
-
-def _raw(v: Any) -> Any:
-    return v.get_raw_value() if isinstance(v, nnx.Variable) else v
+    return _resolved(graphdef, *treedef.unflatten(types), method, options, "wrap", who)
 
 
 @cache
@@ -587,13 +740,6 @@ def _dense_layers() -> dict[type, nnx.Module]:
         lambda: (nnx.Linear(1, 1, rngs=nnx.Rngs(0)), nnx.LinearGeneral(1, 1, rngs=nnx.Rngs(0)))
     )
     return {type(layer): layer for layer in layers}
-
-
-def _descend(tree, path: str):
-    """The node at ``path`` in nested dicts, made where it is not there yet."""
-    for key in path.split("/"):
-        tree = tree.setdefault(key, {})
-    return tree
 
 
 def wrap(
@@ -614,7 +760,7 @@ def wrap(
       SpectralNorm: the wrapped model.
 
     Raises:
-      ValueError: as ``SpectralNorm``.
+      ValueError, TypeError: as ``SpectralNorm``.
 
     Example:
       >>> rngs = nnx.Rngs(0)
@@ -623,6 +769,7 @@ def wrap(
       >>> wrapped(jnp.ones((1, 2))).shape
       (1, 3)
     """
+    _check_model(model, "wrap(model, rules)")
     return SpectralNorm(model, rules=rules, rngs=rngs, **options)
 
 
@@ -632,7 +779,8 @@ def bake(model: nnx.Module, *args: Any, **kwargs: Any) -> nnx.Module:
     Args:
       model: a model with SpectralNorm wrappers anywhere, or wrapped at the root; not changed.
       *args, **kwargs: of a call of the model. Needed where a wrapped layer is not Flax's own and
-        no rules say how its kernels act: a call shows that.
+        no rules say how its kernels act: a call shows that. ``method=`` is what is called, as in
+        ``views``: it must use all kernels of such layers.
 
     Returns:
       nnx.Module: a copy in which each wrapper is its layer, with kernels ``W / sigma``.
@@ -640,6 +788,7 @@ def bake(model: nnx.Module, *args: Any, **kwargs: Any) -> nnx.Module:
     Raises:
       ValueError: the model holds no SpectralNorm; a layer changes its kernel on the way to the
         product other than by constants, so that no stored kernel gives the same outputs.
+      TypeError: ``model`` is no module.
 
     Example:
       >>> rngs = nnx.Rngs(0)
@@ -649,48 +798,183 @@ def bake(model: nnx.Module, *args: Any, **kwargs: Any) -> nnx.Module:
       >>> bool(jnp.allclose(bake(model)(x), model(x)))
       True
     """
-    if not any(isinstance(layer, SpectralNorm) for _, layer in nnx.iter_modules(model)):
-        raise ValueError(
-            f"bake found no sn_jax.nnx.SpectralNorm in this {type(model).__name__}: it is plain."
-        )
-    copy, seen = nnx.clone(model), {}
-    place = {_name(path): id(layer.layer_instance) for path, layer in nnx.iter_modules(copy)
-             if isinstance(layer, SpectralNorm)}  # fmt: skip
-    if args or kwargs:
+    _wrappers(model, "bake")
+    method = kwargs.pop("method", "__call__")  # a keyword that nnx.vmap(bake) need not resolve
+    calls: dict[int, _flax.Resolved] = {}
+    seen = {}
+    if args or kwargs or method != "__call__":
+        copy = nnx.clone(model)  # what the call changes is not baked
         copy.eval()
-        token = _baking.set(seen)
+        token = _baking.set(calls)
         try:
-            copy(*args, **kwargs)
+            _run_method(copy, method, args, kwargs)
         finally:
             _baking.reset(token)
+        seen = {path: calls[id(wrapper.layer_instance)]
+                for path, wrapper in _wrappers(copy, "bake").items()
+                if id(wrapper.layer_instance) in calls}  # fmt: skip
 
     def plain(path, node):
         if not isinstance(node, SpectralNorm):
             return node
-        where = f"bake: the SpectralNorm {_name(path) or 'at the root'}"
-        if node.is_stacked():
+        where, options = f"bake: the SpectralNorm {name_of(path) or 'at the root'}", node._options
+        if node._is_stacked():
             raise ValueError(
                 f"{where} is a stack made by "
                 "nnx.vmap, of which each element normalizes its own kernel: call bake inside "
                 "nnx.vmap, nnx.vmap(sn_jax.nnx.bake)(model)."
             )
-        if node.loras:
+        if options.loras:
             raise ValueError(
-                f"{where} normalizes kernel + a b of LoRA ({', '.join(dict(node.loras))}), which "
-                "is no stored kernel: merge the adapter into the kernel first."
+                f"{where} normalizes kernel + a b of LoRA ({', '.join(dict(options.loras))}), "
+                "which is no stored kernel: merge the adapter into the kernel first."
             )
-        views = dict(node.views)
-        if not node.known:
-            if place[_name(path)] not in seen:
+        views = dict(options.views)
+        if not options.known:
+            layer = type(node.layer_instance).__name__
+            if path not in seen:
                 raise ValueError(
-                    f"{where} is around {type(node.layer_instance).__name__}, which may change a "
+                    f"{where} is around {layer}, which may change a "
                     "kernel before its product: call bake(model, x) with the arguments of a call "
                     "that runs it, or wrap it with rules from sn_jax.nnx.views."
                 )
-            views = seen[place[_name(path)]].views
+            unused = sorted(views.keys() - seen[path].views.keys())
+            if unused:
+                raise ValueError(
+                    f"{where} is around {layer}, which may change a kernel before its product, "
+                    f"and this call does not use {_core.listed(unused)}: give a method that does, "
+                    "such as method=lambda model, x: model.decode(model.encode(x)), or wrap it "
+                    "with rules from sn_jax.nnx.views."
+                )
+            views = seen[path].views
         graphdef, state = nnx.split(node.layer_instance)
         variables = dict(nnx.to_flat_state(state))
         variables = node._replaced(variables, node._normalized(variables, views, False))
         return nnx.merge(graphdef, nnx.from_flat_state(list(variables.items())))
 
-    return nnx.recursive_map(plain, copy)
+    return nnx.recursive_map(plain, nnx.clone(model))
+
+
+def _wrappers(model: nnx.Module, who: str) -> dict[tuple, SpectralNorm]:
+    _check_model(model, f"{who}(model, ...)")
+    found = {path: layer for path, layer in nnx.iter_modules(model)
+             if isinstance(layer, SpectralNorm)}  # fmt: skip
+    if not found:
+        raise ValueError(
+            f"{who} found no sn_jax.nnx.SpectralNorm in this {type(model).__name__}: it is plain."
+        )
+    return found
+
+
+def _kernels(model: nnx.Module, who: str) -> dict[str, tuple[SpectralNorm, str]]:
+    """Path in the plain model -> (wrapper, path in its layer), of kernels that have a state."""
+    return {
+        name_of((*path, name)): (wrapper, name)
+        for path, wrapper in _wrappers(model, who).items() if not wrapper._options.stateless
+        for name, _ in wrapper._options.views
+    }  # fmt: skip
+
+
+def spectral_norms(model: nnx.Module) -> dict[str, jax.Array]:
+    """The spectral norms that a model's wrappers stored at their last updates.
+
+    The flat dict that ``sn_jax.spectral_norms`` gives for parameters, ready for a logger.
+
+    Args:
+      model: a model with SpectralNorm wrappers anywhere, or wrapped at the root.
+
+    Returns:
+      dict: path in the plain model, that is without ``layer_instance`` -> sigma. It is zero before
+      the first call of a layer that may change its kernel on the way to the product.
+
+    Raises:
+      ValueError: the model holds no SpectralNorm, or only stateless ones, which store nothing.
+      TypeError: ``model`` is no module.
+
+    Example:
+      >>> rngs = nnx.Rngs(0)
+      >>> linear = nnx.Linear(2, 2, kernel_init=nnx.initializers.constant(3.0), rngs=rngs)
+      >>> model = nnx.Sequential(SpectralNorm(linear, rngs=rngs), nnx.relu)
+      >>> print({path: round(float(sigma), 3) for path, sigma in spectral_norms(model).items()})
+      {'layers/0/kernel': 6.0}
+    """
+    kernels = _kernels(model, "spectral_norms")
+    if not kernels:
+        raise ValueError(
+            "spectral_norms: every SpectralNorm of this model is stateless and stores no sigma; "
+            "sn_jax.spectral_norm(kernel, view) computes one."
+        )
+    return {path: wrapper.batch_stats.at(name.split("/"))["sigma"][...]
+            for path, (wrapper, name) in kernels.items()}  # fmt: skip
+
+
+def load_state(model: nnx.Module, params: _core.Params, state: _core.State) -> None:
+    """Put the functional API's parameters and state into a model with wrappers, in place.
+
+    From ``sn_jax.init`` or ``sn_jax.convert.from_torch``, which know the plain model: its paths
+    are without ``layer_instance``. With ``store_v=True`` the model then gives torch's outputs in
+    eval; other wrappers take ``u`` and sigma, and iterate at every call.
+
+    Args:
+      model: a model with SpectralNorm wrappers anywhere, or wrapped at the root.
+      params: a pytree with all parameters of the plain model.
+      state: path -> Singular, of all kernels that the wrappers normalize, and of no others.
+
+    Raises:
+      ValueError: a path is unknown or missing, or a shape or view differs; nothing is changed then.
+      TypeError: ``model`` is no module, ``state`` no state.
+
+    Example:
+      >>> import sn_jax
+      >>> plain = nnx.Linear(2, 3, rngs=nnx.Rngs(0))
+      >>> params = nnx.to_pure_dict(nnx.state(plain, nnx.Param))
+      >>> state = sn_jax.init(params, jax.random.key(0))
+      >>> model = SpectralNorm(nnx.Linear(2, 3, rngs=nnx.Rngs(1)), store_v=True, rngs=nnx.Rngs(2))
+      >>> load_state(model, params, state)
+      >>> model.eval()
+      >>> normalized, _ = sn_jax.spectral_normalize(params, state, n_steps=0)
+      >>> bool(jnp.allclose(model(jnp.eye(2)), normalized["kernel"]))
+      True
+    """
+    kernels, wrappers = _kernels(model, "load_state"), _wrappers(model, "load_state")
+    _core.check_state(state, " The order is (model, params, state).")
+    leaves, targets = _core.named_leaves(params), {}
+    for path, v in nnx.to_flat_state(nnx.state(model, nnx.Param)):
+        (n, key) = next(((n, path[n]) for n in range(len(path)) if path[:n] in wrappers), (0, ""))
+        if key != "scales":
+            targets[name_of(path[:n] + path[n + 1 :] if key else path)] = v
+    for what, given, known in (("params", leaves, targets), ("state", state, kernels)):
+        missing, unknown = sorted(known.keys() - given.keys()), sorted(given.keys() - known.keys())
+        if missing or unknown:
+            raise ValueError(
+                f"load_state: {what} needs exactly the paths of the plain model"
+                + (f"; missing: {_core.listed(missing)}" if missing else "")
+                + (f"; unknown: {_core.listed(unknown)}" if unknown else "")
+                + "."
+            )
+    new = [(path, targets[path], leaf) for path, leaf in leaves.items()]
+    for path, (wrapper, name) in kernels.items():
+        view, ndim = dict(wrapper._options.views)[name], dict(wrapper._options.ndims)[name]
+        if not _same_view(view, ndim, state[path].view, targets[path].ndim):
+            raise ValueError(
+                f"load_state: {path} is seen as {state[path].view} by the state, and as {view} by "
+                f"its SpectralNorm: make that with rules={{{name!r}: <the state's view>}}."
+            )
+        stats = wrapper.batch_stats.at(name.split("/"))
+        new += [(f"{key} of {path}", stats[key], getattr(state[path], key)) for key in stats]
+    for what, v, x in new:
+        if v.shape != jnp.shape(x):
+            raise ValueError(
+                f"load_state: {what} has shape {jnp.shape(x)}, but in the model {v.shape}."
+            )
+    for _, v, x in new:
+        v[...] = jnp.asarray(x, v.dtype)
+
+
+def _same_view(view: View, ndim: int, other: View, other_ndim: int) -> bool:
+    """Whether views of one element of a stack and of the whole stack, its axes in front, agree."""
+    if not (isinstance(view, Matrix) and isinstance(other, Matrix)):
+        return view == other
+    n = other_ndim - ndim
+    batch, *spaces = (tuple(n + axis for axis in axes) for axes in view.axis_groups(ndim))
+    return other.axis_groups(other_ndim) == ((*range(n), *batch), *spaces)
