@@ -2,7 +2,7 @@
 
 import math
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import lru_cache, partial
 from typing import Any, Protocol, runtime_checkable
@@ -251,6 +251,12 @@ class Conv:
         n = len(size)
         if not 1 <= n <= 3:
             raise ValueError(f"Conv(input_shape={size}): give one to three spatial sizes.")
+        if any(map(jax.export.is_symbolic_dim, size)):
+            raise ValueError(
+                f"Conv(input_shape={size}): a convolution has another norm at each size, so no "
+                "symbolic one; export it at fixed sizes, or take the flattened kernel, "
+                'Matrix((0, 1, 2), 3), which is conv="reshape".'
+            )
         plain = {"input_shape": _per_dimension(size, n, "input_shape")}
         for name in ("strides", "input_dilation", "kernel_dilation"):
             plain[name] = _per_dimension(getattr(self, name), n, name)
@@ -471,6 +477,34 @@ class Linear:
 
     def scale(self, w: Array, factor: Array) -> Array:
         return _scale(w, factor, ())
+
+
+def check_view(view: Any, who: str) -> None:
+    """Raise unless ``who`` gives a view."""
+    if isinstance(view, type):
+        arguments = "" if view is Matrix else "..."
+        raise TypeError(
+            f"{who} gives the class {view.__name__}, which is no view itself: write "
+            f"{view.__name__}({arguments})."
+        )
+    if not isinstance(view, View):
+        hint = ", or None to leave the parameter alone"
+        if isinstance(getattr(view, "view", None), View):  # an entry of a state
+            hint = f"; its .view is {view.view}"
+        raise TypeError(
+            f"{who} gives {kind_of(view)}, which is no view; use one such as sn_jax.Matrix(){hint}."
+        )
+
+
+def kind_of(x: Any) -> str:
+    """What x is, in words short enough for a sentence."""
+    if hasattr(x, "shape") and hasattr(x, "dtype"):
+        return f"an array of {x.dtype} with shape {tuple(x.shape)}"
+    name = f"a {type(x).__name__}"
+    if isinstance(x, Mapping):
+        return f"{name} with the keys {list(x)[:5]}"
+    text = repr(x) if isinstance(x, str | int | float | tuple | View) or callable(x) else ""
+    return f"{name}, {text}" if 0 < len(text) <= 60 else name
 
 
 def check_linear(view: View, w: Array, *, in_w: bool) -> None:
