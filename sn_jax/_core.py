@@ -123,7 +123,7 @@ def init(
     if not isinstance(n_vectors, int) or n_vectors < 1:
         raise ValueError(f"n_vectors must be an integer >= 1; got {n_vectors!r}.")
     warmup = int(_power.as_steps(warmup))
-    check_key(key)
+    check_key(key, "init(params, key, rules)")
     leaves = named_leaves(params)
     bits = jax.random.bits(key, (), jnp.uint32)
     state = {}
@@ -379,8 +379,11 @@ def _normalize(w, singular, bound, traced_steps, *, static_steps, mode, gradient
 def _factor(sigma, bound, mode, gradient):
     """(sigma held constant, what to multiply by for a norm of ``bound``)."""
     value = lax.stop_gradient(sigma)
-    safe = jnp.where(value < jnp.finfo(value.dtype).tiny, jnp.ones_like(value), value)
+    tiny = jnp.finfo(value.dtype).tiny
+    safe = jnp.where(value < tiny, jnp.ones_like(value), value)
     factor = jnp.asarray(bound, value.dtype) / safe
+    # Subnormal, which processors take for 0: the weights are too large.
+    factor = jnp.where(factor < tiny, jnp.nan, factor)
     if gradient == "through":
         # As constant / ratio with a ratio of 1: derivatives then involve no 1 / sigma^2, which
         # overflows float32 long before the weights are tiny.
@@ -603,14 +606,14 @@ def closest(name: str, paths: Iterable[str], most: int = 3) -> list[str]:
     return [shown(path) for path in sorted(paths, key=likeness, reverse=True)[:most]]
 
 
-def check_key(key: Any) -> None:
+def check_key(key: Any, order: str) -> None:
     dtype = getattr(key, "dtype", None)
     if dtype is None or not (
         jnp.issubdtype(dtype, jax.dtypes.prng_key) or jnp.issubdtype(dtype, jnp.uint32)
     ):
         raise TypeError(
             f"key must be a PRNG key, such as jax.random.key(0); got {kind_of(key)}. The order is "
-            "init(params, key, rules)."
+            f"{order}."
         )
 
 

@@ -408,15 +408,18 @@ def unit(x: Array, fallback: Array | float, lead: int) -> Array:
 def _unit_and_length(x: Array, fallback: Array | float, lead: int) -> tuple[Array, Array]:
     """``unit`` and |x|, which is 0 or NaN where x has no direction."""
     axes = tuple(range(lead, x.ndim))
-    # Scaled by its largest entry: squares of 1e-30 would underflow in float32.
+    # Scaled by its largest entry: squares of 1e-30 would underflow in float32. In two steps, as the
+    # inverse of the largest numbers is subnormal, which processors take for 0.
     peak = jnp.max(jnp.abs(x), axes, initial=0 if 0 in x.shape else None)
-    scale = 1 / peak
-    x_scaled = x * _expand(scale, x)
-    # NaN, so not > 0, where x is zero, not finite, or so large that its inverse is denormal.
-    inverse = scale * lax.rsqrt(jnp.sum(x_scaled * x_scaled, axes))
-    usable = inverse > 0
-    x = jnp.where(_expand(usable, x), x * _expand(inverse, x), fallback)
-    return x, jnp.where(usable, 1 / inverse, jnp.where(peak < 1, 0.0, jnp.nan))
+    first = jnp.where(peak > 1, 2.0**-8, 1.0).astype(x.dtype)
+    scale = 1 / (peak * first)
+    x_scaled = (x * _expand(first, x)) * _expand(scale, x)
+    # NaN, so not > 0, where x is zero or not finite.
+    square = jnp.sum(x_scaled * x_scaled, axes)
+    usable = square > 0
+    x = jnp.where(_expand(usable, x), x_scaled * _expand(lax.rsqrt(square), x), fallback)
+    length = peak * jnp.sqrt(square)
+    return x, jnp.where(usable, length, jnp.where(peak < 1, 0.0, jnp.nan))
 
 
 def noise(seed: Array | int, shape: tuple[int, ...], dtype) -> Array:

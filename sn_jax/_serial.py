@@ -145,7 +145,8 @@ def _decoded(x: Any) -> Any:
 
 
 def _name_of(x: Any, view: View) -> str:
-    name = f"{getattr(x, '__module__', None)}:{getattr(x, '__qualname__', None)}"
+    path = getattr(x, "__qualname__", None) or getattr(x, "__name__", None)
+    name = f"{getattr(x, '__module__', None)}:{path}"
     try:
         found = _named(name) is x
     except ValueError:

@@ -429,7 +429,8 @@ class Linear:
     that ``W / sigma`` has norm 1.
 
     ``fn`` is static: hashed, compared, and pickled by name. Define it at module level. A fresh
-    lambda is a new function each time: it compiles again, and does not pickle.
+    lambda is a new function each time: it compiles again, and does not pickle. What it closes over
+    (globals, the object of a method) is compiled in and must not change: what changes is ``w``.
 
     Args:
       fn: ``fn(w, x) -> y``, arrays of any shape; written in JAX.

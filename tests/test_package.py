@@ -28,7 +28,7 @@ LAYERS = {
     "_trace": {"_views"},
     "linen": {"_views", "_core", "_trace"},
     "nnx": {"_views", "_core", "_trace"},
-    "transforms": {"_views", "_power", "_sharding", "_core"},
+    "transforms": {"_views", "_power", "_serial", "_sharding", "_core"},
     "convert": {"_views", "_power", "_core", "_serial"},
     "__init__": {"_views", "_power", "_core", "_norms", "linen", "nnx", "transforms", "convert"},
 }
