@@ -45,7 +45,8 @@ WEIGHT_NAMES = (
 _NO_WEIGHTS = ("bias", "scale")
 _WAYS_OUT = (
     "take the views from the model with sn_jax.linen.views or sn_jax.nnx.views, or give one by "
-    "rules, such as {r'.*kernel': sn_jax.Matrix((0, 1, 2), 3)} for flattened 2-D convolutions"
+    "rules, such as {r'.*kernel': sn_jax.Matrix((0, 1, 2), 3)} for flattened 2-D convolutions, or "
+    "sn_jax.Matrix() for stacks of matrices"
 )
 
 
@@ -125,6 +126,11 @@ def init(
     warmup = int(_power.as_steps(warmup))
     check_key(key, "init(params, key, rules)")
     leaves = named_leaves(params)
+    if list(leaves) == [""] and not hasattr(params, "shape"):
+        raise TypeError(
+            f"params must be a tree of arrays; got {kind_of(params)}. Of Flax models they are "
+            'variables["params"], or nnx.state(model, nnx.Param).'
+        )
     bits = jax.random.bits(key, (), jnp.uint32)
     state = {}
     for path, view in _select(params, leaves, rules).items():
@@ -566,7 +572,7 @@ def _checked_rules(rules, leaves):
     checked = []
     for pattern, view in (rules or {}).items():
         if view is not None:
-            check_view(view, f"The rule {pattern!r}")
+            check_view(view, f"The rule {pattern!r}", ", or None to leave what it matches alone")
         try:
             regex = re.compile(pattern)
         except TypeError:
@@ -589,7 +595,9 @@ def _raise_unmatched(pattern, regex, view, leaves):
     what = "normalize" if view is not None else "leave alone"
     part = next((path for path in leaves if regex.search(path)), None)
     hint = "correct it, or leave it out"
-    if part is not None:
+    if list(leaves) == [""]:
+        hint = "params are one array, and its path is '': give {'': view}"
+    elif part is not None:
         hint = f"it is a part of {shown(part)}, and rules match in full, as r'.*{pattern}.*' would"
     raise ValueError(
         f"No parameter to {what} by the rule {pattern!r}: it matches no path. The closest of "
@@ -662,16 +670,16 @@ def _default_views(params: Params, leaves: Mapping[str, Any]) -> dict[str, View]
     keys = {_path_name(path): path for path, _ in tree_flatten_with_path(params)[0]}
     selected, left_out = {}, []
     for path, leaf in leaves.items():
-        shape, name = jnp.shape(leaf), path.rpartition("/")[2]
-        floating = hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jnp.floating)
-        if len(shape) < 2 or not hasattr(leaf, "dtype") or name in _NO_WEIGHTS:
+        _, name = _parent_and_name(path)
+        shape = leaf.shape if hasattr(leaf, "shape") and hasattr(leaf, "dtype") else ()
+        if len(shape) < 2 or name in _NO_WEIGHTS:
             continue
         owner = _owner(params, keys[path])
         if _is_scale(path, shape, leaves, owner):
             continue
         if path == "" or name in WEIGHT_NAMES:
             selected[path] = _default_view(path, shape, owner)
-        elif floating and sum(size > 1 for size in shape) > 1:
+        elif jnp.issubdtype(leaf.dtype, jnp.floating) and sum(size > 1 for size in shape) > 1:
             left_out.append(f"{path} {shape}")
     if selected and left_out:
         warnings.warn(
@@ -687,7 +695,7 @@ def _default_view(path: str, shape: tuple[int, ...], owner: Any) -> View:
     if len(shape) == 2:
         return Matrix()
     first = Matrix(tuple(range(1, len(shape))), 0)
-    output_first = path.rpartition("/")[2] == "weight"
+    output_first = _parent_and_name(path)[1] == "weight"
     # Equinox's convolutions, and not a stack of them.
     if output_first and getattr(owner, "num_spatial_dims", None) == len(shape) - 2:
         return first
@@ -696,6 +704,12 @@ def _default_view(path: str, shape: tuple[int, ...], owner: Any) -> View:
         f"{shown(path)} of shape {shape} has more than 2 axes, and which of them are input, output "
         f"or batch cannot be told from the shape: {_WAYS_OUT}{torch}."
     )
+
+
+def _parent_and_name(path: str) -> tuple[str, str]:
+    """The path up to the leaf's own name, and that: after a dot in a state dict of torch."""
+    start = max(path.rfind("/"), path.rfind(".")) + 1
+    return path[:start], path[start:]
 
 
 def _owner(params: Params, keys: tuple) -> Any:
@@ -719,8 +733,7 @@ def _is_scale(path: str, shape: tuple[int, ...], leaves: Mapping[str, Any], owne
     Then its bias has its shape; or the layer, which divides by something plus ``eps``, declares
     the shape, to which ``vmap`` may have added axes.
     """
-    head = path.rpartition("/")[0]
-    bias = leaves.get(f"{head}/bias" if head else "bias")
+    bias = leaves.get(f"{_parent_and_name(path)[0]}bias")
     if bias is not None and jnp.shape(bias) == shape:
         return True
     declared = getattr(owner, "shape", None)
@@ -755,7 +768,8 @@ def _checked_weight(path: str, w: Any, view: View) -> Array:
 
 def check_state(state: State, hint: str = "") -> None:
     if not isinstance(state, Mapping) or not all(isinstance(s, Singular) for s in state.values()):
-        if isinstance(state, Mapping) and all(isinstance(s, Mapping) for s in state.values()):
+        entries = state.values() if isinstance(state, Mapping) else ()
+        if any(isinstance(s, Mapping) and {*_serial.ARRAYS} <= s.keys() for s in entries):
             hint += (
                 " Dicts of arrays, as a checkpoint may be read, become a state by "
                 "sn_jax.convert.from_state_dict(dicts, views)."

@@ -278,6 +278,8 @@ def _checked(w, view: View | None, rtol: float) -> tuple[np.ndarray, View, Shape
             "views.items()}."
         )
     w = array
+    if not jnp.issubdtype(w.dtype, jnp.floating):
+        raise TypeError(f"Norms are those of real floating-point weights; got {w.dtype}.")
     if view is None:
         if w.ndim != 2:
             raise ValueError(
@@ -287,8 +289,6 @@ def _checked(w, view: View | None, rtol: float) -> tuple[np.ndarray, View, Shape
             )
         view = Matrix()
     check_view(view, "The second argument")
-    if not jnp.issubdtype(w.dtype, jnp.floating):
-        raise TypeError(f"Norms are those of real floating-point weights; got {w.dtype}.")
     w = w.astype(np.float64)
     if not np.isfinite(w).all():
         bad = w.size - np.isfinite(w).sum()

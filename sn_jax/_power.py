@@ -92,16 +92,17 @@ def power_iteration(
       >>> print(f"{result.sigma:.4f}")
       3.0000
     """
+    if not callable(matvec):
+        raise TypeError(
+            f"matvec must be a function of one array, such as lambda x: w @ x; got "
+            f"{type(matvec).__name__}. The order is (matvec, v0, n_steps)."
+        )
     steps = as_steps(n_steps)
     v0 = jnp.asarray(v0)
     if not jnp.issubdtype(v0.dtype, jnp.floating):
         raise TypeError(f"v0 must be floating point; got {v0.dtype}.")
     if not 0 <= batch_ndim <= v0.ndim:
         raise ValueError(f"batch_ndim={batch_ndim} does not fit v0 of shape {v0.shape}.")
-    if not callable(matvec):
-        raise TypeError(
-            f"matvec must be a function of one array, such as lambda x: w @ x; got {matvec!r}."
-        )
     program, closed_over = _traced(matvec, v0)
     static = isinstance(steps, int)
     return _power_iteration(

@@ -480,8 +480,8 @@ class Linear:
         return _scale(w, factor, ())
 
 
-def check_view(view: Any, who: str) -> None:
-    """Raise unless ``who`` gives a view."""
+def check_view(view: Any, who: str, instead: str = "") -> None:
+    """Raise unless ``who`` gives a view; ``instead`` says what else would do."""
     if isinstance(view, type):
         arguments = "" if view is Matrix else "..."
         raise TypeError(
@@ -489,11 +489,11 @@ def check_view(view: Any, who: str) -> None:
             f"{view.__name__}({arguments})."
         )
     if not isinstance(view, View):
-        hint = ", or None to leave the parameter alone"
         if isinstance(getattr(view, "view", None), View):  # an entry of a state
-            hint = f"; its .view is {view.view}"
+            instead = f"; its .view is {view.view}"
         raise TypeError(
-            f"{who} gives {kind_of(view)}, which is no view; use one such as sn_jax.Matrix(){hint}."
+            f"{who} gives {kind_of(view)}, which is no view; use one such as "
+            f"sn_jax.Matrix(){instead}."
         )
 
 
@@ -501,7 +501,8 @@ def kind_of(x: Any) -> str:
     """What x is, in words short enough for a sentence."""
     if hasattr(x, "shape") and hasattr(x, "dtype"):
         return f"an array of {x.dtype} with shape {tuple(x.shape)}"
-    name = f"a {type(x).__name__}"
+    name = type(x).__name__
+    name = f"{'an' if name[0] in 'aeiou' else 'a'} {name}"
     if isinstance(x, Mapping):
         return f"{name} with the keys {list(x)[:5]}"
     text = repr(x) if isinstance(x, str | int | float | tuple | View) or callable(x) else ""
