@@ -1,8 +1,11 @@
 """Spectral normalization for JAX.
 
 A parameter is a linear map: say once how each acts (a view), and normalization, its state and
-its gradient follow. Flax users start with ``sn_jax.linen`` (import it by name).
+its gradient follow. Flax users start with ``sn_jax.linen`` or ``sn_jax.nnx``.
 """
+
+import importlib
+from typing import TYPE_CHECKING
 
 from sn_jax._core import Rules as Rules
 from sn_jax._core import Singular as Singular
@@ -12,10 +15,6 @@ from sn_jax._core import init as init
 from sn_jax._core import spectral_normalize as spectral_normalize
 from sn_jax._core import spectral_norms as spectral_norms
 from sn_jax._core import spectral_penalty as spectral_penalty
-from sn_jax._norms import Bounds as Bounds
-from sn_jax._norms import gram_iteration as gram_iteration
-from sn_jax._norms import norm_bounds as norm_bounds
-from sn_jax._norms import spectral_norm as spectral_norm
 from sn_jax._power import PowerResult as PowerResult
 from sn_jax._power import power_iteration as power_iteration
 from sn_jax._views import Conv as Conv
@@ -24,11 +23,23 @@ from sn_jax._views import Matrix as Matrix
 from sn_jax._views import Scaled as Scaled
 from sn_jax._views import View as View
 
+if TYPE_CHECKING:  # on first use, by __getattr__
+    from sn_jax import convert as convert
+    from sn_jax import linen as linen
+    from sn_jax import nnx as nnx
+    from sn_jax import transforms as transforms
+    from sn_jax._norms import Bounds as Bounds
+    from sn_jax._norms import GramResult as GramResult
+    from sn_jax._norms import gram_iteration as gram_iteration
+    from sn_jax._norms import norm_bounds as norm_bounds
+    from sn_jax._norms import spectral_norm as spectral_norm
+
 __version__ = "0.1.0"
 
 __all__ = [
     "Bounds",
     "Conv",
+    "GramResult",
     "Linear",
     "Matrix",
     "PowerResult",
@@ -47,3 +58,21 @@ __all__ = [
     "spectral_norms",
     "spectral_penalty",
 ]
+
+# What would load SciPy, Flax or optax.
+_MODULES = ("convert", "linen", "nnx", "transforms")
+_NORMS = ("Bounds", "GramResult", "gram_iteration", "norm_bounds", "spectral_norm")
+
+
+def __getattr__(name: str):
+    if name in _MODULES:
+        return importlib.import_module(f"sn_jax.{name}")
+    if name in _NORMS:
+        value = getattr(importlib.import_module("sn_jax._norms"), name)
+        globals()[name] = value
+        return value
+    raise AttributeError(f"module 'sn_jax' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__, *_MODULES})

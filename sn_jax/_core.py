@@ -3,8 +3,9 @@
 import difflib
 import math
 import re
+import warnings
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from typing import Any, Literal, NamedTuple
@@ -13,19 +14,39 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
-from jax.tree_util import GetAttrKey, keystr, register_dataclass, tree_flatten_with_path
+from jax.tree_util import (
+    DictKey,
+    GetAttrKey,
+    SequenceKey,
+    keystr,
+    register_dataclass,
+    tree_flatten_with_path,
+)
 
-from sn_jax import _power, _sharding
-from sn_jax._views import Matrix, View, check_linear, compute_dtype
+from sn_jax import _power, _serial, _sharding
+from sn_jax._views import (
+    Conv,
+    Matrix,
+    View,
+    check_linear,
+    check_view,
+    compute_dtype,
+    kind_of,
+)
 
 Params = Any
 Rules = Mapping[str, View | None]
 Bound = float | Array | Mapping[str, float | Array]
 
-WEIGHT_NAMES = ("kernel", "w", "weight", "embedding")
+# Those of Flax, Haiku and Equinox.
+WEIGHT_NAMES = (
+    "kernel", "w", "weight", "embedding", "embeddings", "weight_ih", "weight_hh", "w_i", "w_h",
+)  # fmt: skip
+_NO_WEIGHTS = ("bias", "scale")
 _WAYS_OUT = (
     "take the views from the model with sn_jax.linen.views or sn_jax.nnx.views, or give one by "
-    "rules, such as {r'.*kernel': sn_jax.Matrix((0, 1, 2), 3)} for flattened 2-D convolutions"
+    "rules, such as {r'.*kernel': sn_jax.Matrix((0, 1, 2), 3)} for flattened 2-D convolutions, or "
+    "sn_jax.Matrix() for stacks of matrices"
 )
 
 
@@ -46,8 +67,15 @@ class Singular:
     sigma: Array
     view: View
 
+    def __post_init__(self):
+        # Here, as sn_jax does not import flax: who saves with it has imported it, and holds one.
+        _serial.register_with_flax(type(self))
+
 
 State = dict[str, Singular]
+
+_serial.register(Singular)
+_serial.register_namedtuple(_power.PowerResult)
 
 
 def init(
@@ -69,8 +97,10 @@ def init(
       key: PRNG key.
       rules: regular expression -> view, matched in full against each path, first match wins;
         ``None`` for a view leaves the leaf alone, as do paths that no rule matches. Without
-        rules, leaves named kernel, w, weight or embedding: with 2 axes ``Matrix()``, a
-        ``weight`` with more is output-first (Equinox, torch), others with more raise.
+        rules, leaves that are named as Flax, Haiku and Equinox name weights (kernel, w, weight,
+        embedding, and those of recurrent cells), and ``params`` that are one array: with 2 axes
+        ``Matrix()``; the weight of an Equinox convolution is output-first; others with more
+        raise. What else has two axes or more is listed in a warning; biases and scales are not.
       n_vectors: singular vectors iterated together (at most the smaller side of the matrix).
         More of them follow a drifting weight more closely.
       warmup: power-iteration steps, ``>= 0``.
@@ -79,8 +109,9 @@ def init(
       State: path -> Singular.
 
     Raises:
-      ValueError: nothing matched; a view does not fit a shape; a bad regular expression.
-      TypeError: a selected leaf is not floating point.
+      ValueError: a rule matches nothing, or no rule anything; a view does not fit a shape; a bad
+        regular expression.
+      TypeError: a selected leaf is not floating point; rules that are no mapping to views.
 
     Example:
       >>> params = {"dense": {"kernel": jnp.ones((3, 5)), "bias": jnp.zeros(5)}}
@@ -93,15 +124,21 @@ def init(
     if not isinstance(n_vectors, int) or n_vectors < 1:
         raise ValueError(f"n_vectors must be an integer >= 1; got {n_vectors!r}.")
     warmup = int(_power.as_steps(warmup))
+    check_key(key, "init(params, key, rules)")
     leaves = named_leaves(params)
+    if list(leaves) == [""] and not hasattr(params, "shape"):
+        raise TypeError(
+            f"params must be a tree of arrays; got {kind_of(params)}. Of Flax models they are "
+            'variables["params"], or nnx.state(model, nnx.Param).'
+        )
     bits = jax.random.bits(key, (), jnp.uint32)
     state = {}
-    for path, view in _select(leaves, rules).items():
+    for path, view in _select(params, leaves, rules).items():
         w = _checked_weight(path, leaves[path], view)
         try:
             check_linear(view, w, in_w=True)
         except ValueError as error:
-            raise ValueError(f"{path} of shape {jnp.shape(w)}: {error}") from error
+            raise ValueError(f"{shown(path)} of shape {jnp.shape(w)}: {error}") from error
         seed = bits ^ np.uint32(zlib.crc32(path.encode()))
         state[path] = _start(w, seed, view=view, n_vectors=n_vectors, warmup=warmup)
     return state
@@ -135,7 +172,8 @@ def spectral_normalize(
       state: from ``init``.
       n_steps: iterations, ``>= 0``. 0 takes the stored vectors, computes sigma from the current
         parameters, and returns ``state`` unchanged. May be a traced integer.
-      bound: c > 0, one number or a mapping path -> number (all paths of ``state``).
+      bound: c > 0, one number or a mapping path -> number (all paths of ``state``); or arrays of
+        the norms' shape, a number for each batch element.
       mode: "divide" gives norm c; "clip" multiplies by min(1, c / sigma).
       gradient: "through" differentiates sigma; "stop" holds it constant.
 
@@ -144,7 +182,8 @@ def spectral_normalize(
 
     Raises:
       ValueError: ``state`` does not fit ``params`` (a path or shape is named); bad option.
-      TypeError: a parameter is not floating point; ``n_steps`` not an integer.
+      TypeError: a parameter is not floating point; ``n_steps`` no signed integer; ``bound`` no
+        number.
 
     Example:
       >>> params = {"kernel": jnp.diag(jnp.array([2.0, 4.0]))}
@@ -348,8 +387,11 @@ def _normalize(w, singular, bound, traced_steps, *, static_steps, mode, gradient
 def _factor(sigma, bound, mode, gradient):
     """(sigma held constant, what to multiply by for a norm of ``bound``)."""
     value = lax.stop_gradient(sigma)
-    safe = jnp.where(value < jnp.finfo(value.dtype).tiny, jnp.ones_like(value), value)
+    tiny = jnp.finfo(value.dtype).tiny
+    safe = jnp.where(value < tiny, jnp.ones_like(value), value)
     factor = jnp.asarray(bound, value.dtype) / safe
+    # Subnormal, which processors take for 0: the weights are too large.
+    factor = jnp.where(factor < tiny, jnp.nan, factor)
     if gradient == "through":
         # As constant / ratio with a ratio of 1: derivatives then involve no 1 / sigma^2, which
         # overflows float32 long before the weights are tiny.
@@ -392,6 +434,8 @@ def scaled_product(leaf: Leaf) -> Callable[..., Array]:
             leaf.factor.ndim == 0
             and x.dtype == scaled.dtype == leaf.w.dtype == jnp.float32
             and batch == ((), ())
+            # Not so of the symbolic sizes of jax.export: of those nothing is known.
+            and isinstance(x.size, int)
             and 0 < x.size <= 2 * n_in**2
             and (jax.default_backend() == "cpu" or precision == lax.Precision.HIGHEST)
         ):
@@ -472,10 +516,9 @@ def with_leaves(params: Params, changed: Mapping[str, Array]) -> Params:
     return treedef.unflatten([changed.get(_path_name(path), leaf) for path, leaf in paths])
 
 
-def _select(leaves: Mapping[str, Any], rules: Rules | None) -> dict[str, View]:
+def _select(params: Params, leaves: Mapping[str, Any], rules: Rules | None) -> dict[str, View]:
     if rules is None:
-        selected = {path: _default_view(path, jnp.shape(leaf))
-                    for path, leaf in leaves.items() if hasattr(leaf, "shape")}  # fmt: skip
+        selected = _default_views(params, leaves)
     else:
         view_of = compile_rules(rules, leaves)
         selected = {path: view_of(path, None) for path in leaves}
@@ -493,23 +536,21 @@ def _select(leaves: Mapping[str, Any], rules: Rules | None) -> dict[str, View]:
     return selected
 
 
-def compile_rules(rules: Rules | None, leaves: Mapping[str, Any]):
+def compile_rules(rules: Rules | None, leaves: Iterable[str]):
     """A function (path, default) -> what the first rule that matches the path says.
 
     A rule matches as a regular expression, in full, or letter by letter: a dict path -> view
     from ``views`` is a set of rules, whatever characters its paths contain.
+
+    Raises:
+      ValueError: a rule matches no path of ``leaves``, or is no regular expression.
+      TypeError: ``rules`` is no mapping of these to views or None.
     """
     compiled = []
-    for pattern, view in (rules or {}).items():
-        try:
-            compiled.append((pattern, re.compile(pattern), view))
-        except re.error as error:
-            if pattern not in leaves:
-                raise ValueError(
-                    f"The rule {pattern!r} is not a regular expression: {error}. Escape special "
-                    "characters (re.escape) to match them literally."
-                ) from None
-            compiled.append((pattern, re.compile(re.escape(pattern)), view))
+    for pattern, regex, view in _checked_rules(rules, leaves):
+        if not _matches(pattern, regex, leaves):
+            _raise_unmatched(pattern, regex, view, leaves)
+        compiled.append((pattern, regex, view))
 
     def view_of(path, default):
         matches = (v for text, regex, v in compiled if text == path or regex.fullmatch(path))
@@ -518,50 +559,198 @@ def compile_rules(rules: Rules | None, leaves: Mapping[str, Any]):
     return view_of
 
 
-def _default_view(path: str, shape: tuple[int, ...]) -> View | None:
-    name = path.rpartition("/")[2]
-    if name not in WEIGHT_NAMES or len(shape) < 2:
-        return None
+def matching_rules(rules: Rules, leaves: Iterable[str]) -> Rules:
+    """Those that match some path, where others may be meant for leaves that are not here."""
+    return {
+        pattern: view
+        for pattern, regex, view in _checked_rules(rules, leaves)
+        if _matches(pattern, regex, leaves)
+    }
+
+
+def _matches(pattern, regex, leaves) -> bool:
+    return pattern in leaves or any(regex.fullmatch(path) for path in leaves)
+
+
+def _checked_rules(rules, leaves):
+    if rules is not None and not isinstance(rules, Mapping):
+        raise TypeError(
+            f"rules must be a mapping of regular expressions on paths to views, such as "
+            f"{{r'.*kernel': sn_jax.Matrix()}}; got {kind_of(rules)}."
+        )
+    checked = []
+    for pattern, view in (rules or {}).items():
+        if view is not None:
+            check_view(view, f"The rule {pattern!r}", ", or None to leave what it matches alone")
+        try:
+            regex = re.compile(pattern)
+        except TypeError:
+            raise TypeError(
+                f"The rule {pattern!r} is {kind_of(pattern)}; rules are regular expressions, as "
+                "strings."
+            ) from None
+        except re.error as error:
+            if pattern not in leaves:
+                raise ValueError(
+                    f"The rule {pattern!r} is not a regular expression: {error}. Escape special "
+                    "characters (re.escape) to match them literally."
+                ) from None
+            regex = re.compile(re.escape(pattern))
+        checked.append((pattern, regex, view))
+    return checked
+
+
+def _raise_unmatched(pattern, regex, view, leaves):
+    what = "normalize" if view is not None else "leave alone"
+    part = next((path for path in leaves if regex.search(path)), None)
+    hint = "correct it, or leave it out"
+    if list(leaves) == [""]:
+        hint = "params are one array, and its path is '': give {'': view}"
+    elif part is not None:
+        hint = f"it is a part of {shown(part)}, and rules match in full, as r'.*{pattern}.*' would"
+    raise ValueError(
+        f"No parameter to {what} by the rule {pattern!r}: it matches no path. The closest of "
+        f"{len(leaves)} are: {listed(closest(str(pattern), leaves))}; {hint}."
+    )
+
+
+def closest(name: str, paths: Iterable[str], most: int = 3) -> list[str]:
+    """The paths that look most like ``name``."""
+
+    def likeness(path):
+        return difflib.SequenceMatcher(None, name, path).ratio()
+
+    return [shown(path) for path in sorted(paths, key=likeness, reverse=True)[:most]]
+
+
+def check_key(key: Any, order: str) -> None:
+    dtype = getattr(key, "dtype", None)
+    if dtype is None or not (
+        jnp.issubdtype(dtype, jax.dtypes.prng_key) or jnp.issubdtype(dtype, jnp.uint32)
+    ):
+        raise TypeError(
+            f"key must be a PRNG key, such as jax.random.key(0); got {kind_of(key)}. The order is "
+            f"{order}."
+        )
+
+
+def shown(path: str) -> str:
+    """A path in a sentence: parameters that are one array have the empty one."""
+    return path or "'' (params itself)"
+
+
+def _default_views(params: Params, leaves: Mapping[str, Any]) -> dict[str, View]:
+    """By name, without rules; and a warning that lists what may have been meant, too."""
+    keys = {_path_name(path): path for path, _ in tree_flatten_with_path(params)[0]}
+    selected, left_out = {}, []
+    for path, leaf in leaves.items():
+        _, name = _parent_and_name(path)
+        shape = leaf.shape if hasattr(leaf, "shape") and hasattr(leaf, "dtype") else ()
+        if len(shape) < 2 or name in _NO_WEIGHTS:
+            continue
+        owner = _owner(params, keys[path])
+        if _is_scale(path, shape, leaves, owner):
+            continue
+        if path == "" or name in WEIGHT_NAMES:
+            selected[path] = _default_view(path, shape, owner)
+        elif jnp.issubdtype(leaf.dtype, jnp.floating) and sum(size > 1 for size in shape) > 1:
+            left_out.append(f"{path} {shape}")
+    if selected and left_out:
+        warnings.warn(
+            f"sn_jax.init without rules leaves alone what is named none of "
+            f"{', '.join(WEIGHT_NAMES)}, though it has two axes or more: {listed(left_out)}. Give "
+            "rules to say which parameters are meant.",
+            stacklevel=4,
+        )
+    return selected
+
+
+def _default_view(path: str, shape: tuple[int, ...], owner: Any) -> View:
     if len(shape) == 2:
         return Matrix()
-    if name == "weight":
-        return Matrix(tuple(range(1, len(shape))), 0)
+    first = Matrix(tuple(range(1, len(shape))), 0)
+    output_first = _parent_and_name(path)[1] == "weight"
+    # Equinox's convolutions, and not a stack of them.
+    if output_first and getattr(owner, "num_spatial_dims", None) == len(shape) - 2:
+        return first
+    torch = f", or sn_jax.{first} if outputs come first, as in PyTorch" if output_first else ""
     raise ValueError(
-        f"{path} of shape {shape} has more than 2 axes, and which of them are input, output or "
-        f"batch cannot be told from the shape: {_WAYS_OUT}."
+        f"{shown(path)} of shape {shape} has more than 2 axes, and which of them are input, output "
+        f"or batch cannot be told from the shape: {_WAYS_OUT}{torch}."
+    )
+
+
+def _parent_and_name(path: str) -> tuple[str, str]:
+    """The path up to the leaf's own name, and that: after a dot in a state dict of torch."""
+    start = max(path.rfind("/"), path.rfind(".")) + 1
+    return path[:start], path[start:]
+
+
+def _owner(params: Params, keys: tuple) -> Any:
+    """The object of which a leaf is an attribute, such as an Equinox layer; else None."""
+    if not keys or not isinstance(keys[-1], GetAttrKey):
+        return None
+    node = params
+    for key in keys[:-1]:
+        if isinstance(key, GetAttrKey):
+            node = getattr(node, key.name)
+        elif isinstance(key, DictKey | SequenceKey):
+            node = node[key.key if isinstance(key, DictKey) else key.idx]
+        else:
+            return None
+    return node
+
+
+def _is_scale(path: str, shape: tuple[int, ...], leaves: Mapping[str, Any], owner: Any) -> bool:
+    """Whether a weight multiplies entry by entry, as those of norm layers do.
+
+    Then its bias has its shape; or the layer, which divides by something plus ``eps``, declares
+    the shape, to which ``vmap`` may have added axes.
+    """
+    bias = leaves.get(f"{_parent_and_name(path)[0]}bias")
+    if bias is not None and jnp.shape(bias) == shape:
+        return True
+    declared = getattr(owner, "shape", None)
+    return (
+        hasattr(owner, "eps")
+        and isinstance(declared, tuple)
+        and len(declared) > 0
+        and shape[-len(declared) :] == declared
     )
 
 
 def _checked_weight(path: str, w: Any, view: View) -> Array:
     """The leaf as an array that the view fits, or a sentence that says why not."""
-    if not isinstance(view, View):
-        raise TypeError(
-            f"The rule for {path} gives {view!r}, which is no view; use one such as "
-            "sn_jax.Matrix(), or None to leave the parameter alone."
-        )
+    check_view(view, f"The entry or rule for {shown(path)}")
     if not (hasattr(w, "shape") and hasattr(w, "dtype")):
         raise TypeError(
-            f"{path} is a {type(w).__name__}, not an array; exclude it by a rule "
+            f"{shown(path)} is a {type(w).__name__}, not an array; exclude it by a rule "
             f"{{{re.escape(path)!r}: None}} before the others."
         )
     if not jnp.issubdtype(w.dtype, jnp.floating):
         raise TypeError(
-            f"{path} of shape {jnp.shape(w)} is {w.dtype}; only real floating-point weights can "
-            "be normalized: convert it, or exclude it by a rule with None."
+            f"{shown(path)} of shape {jnp.shape(w)} is {w.dtype}; only real floating-point weights "
+            "can be normalized: convert it, or exclude it by a rule with None."
         )
     try:
         view.batch_shape(w.shape)
         _sharding.check_split(view, w)
     except ValueError as error:
-        raise ValueError(f"{path} of shape {jnp.shape(w)}: {error}") from None
+        raise ValueError(f"{shown(path)} of shape {jnp.shape(w)}: {error}") from None
     return w
 
 
 def check_state(state: State, hint: str = "") -> None:
     if not isinstance(state, Mapping) or not all(isinstance(s, Singular) for s in state.values()):
+        entries = state.values() if isinstance(state, Mapping) else ()
+        if any(isinstance(s, Mapping) and {*_serial.ARRAYS} <= s.keys() for s in entries):
+            hint += (
+                " Dicts of arrays, as a checkpoint may be read, become a state by "
+                "sn_jax.convert.from_state_dict(dicts, views)."
+            )
         raise TypeError(
             "A state is what sn_jax.init returned (a dict path -> Singular); got "
-            f"{type(state).__name__}.{hint}"
+            f"{kind_of(state)}.{hint}"
         )
 
 
@@ -583,16 +772,29 @@ def weights_of(params: Params, state: State) -> dict[str, Array]:
         shape = _sharding.whole_shape(singular.view, w.shape)
         batch, domain, codomain = _spaces(singular.view, shape)
         k = singular.v.shape[len(batch)] if singular.v.ndim > len(batch) else 1
-        for name, space in (("u", codomain), ("v", domain)):
+        for name, space in (("v", domain), ("u", codomain)):
             expected, got = (*batch, k, *space), getattr(singular, name).shape
             if got != expected:
-                raise ValueError(
-                    f"{path} has shape {jnp.shape(w)}, which asks for {name} of shape {expected}, "
-                    f"but the state holds {got}: the parameter's shape has changed since "
-                    "sn_jax.init. Make a new state."
-                )
+                _raise_changed(path, w, singular.view, name, expected, got)
         weights[path] = w
     return weights
+
+
+def _raise_changed(path, w, view, name, expected, got):
+    if isinstance(view, Conv) and len(got) == len(expected) and got[-1] == expected[-1]:
+        n = len(view.input_shape)
+        what = {"u": "outputs", "v": "inputs"}[name]
+        if got[: -n - 1] == expected[: -n - 1]:
+            raise ValueError(
+                f"{shown(path)} is seen as {view}, with {what} of size {expected[-n - 1 : -1]}, "
+                f"but the state was made for {what} of size {got[-n - 1 : -1]}: not the parameter "
+                "but the image size has changed. Make a new state, or keep to the old size."
+            )
+    raise ValueError(
+        f"{shown(path)} has shape {jnp.shape(w)}, which asks for {name} of shape {expected}, "
+        f"but the state holds {got}: the parameter's shape has changed since "
+        "sn_jax.init. Make a new state."
+    )
 
 
 def bounds_by_path(bound: Bound, state: State) -> Mapping[str, float | Array]:
@@ -600,20 +802,37 @@ def bounds_by_path(bound: Bound, state: State) -> Mapping[str, float | Array]:
     if bounds.keys() != state.keys():
         missing = sorted(state.keys() - bounds.keys())
         unknown = sorted(bounds.keys() - state.keys())
+        near = closest(unknown[0], state, 1) if unknown else []
         raise ValueError(
             "bound as a mapping needs exactly the paths of the state"
             + (f"; missing: {listed(missing)}" if missing else "")
             + (f"; unknown: {listed(unknown)}" if unknown else "")
+            + (f" (the closest to the first is {near[0]})" if near else "")
             + "."
         )
-    for path, value in bounds.items():
-        if not isinstance(value, jax.core.Tracer):
-            value = np.asarray(value)
-            if not (np.all(value > 0) and np.all(np.isfinite(value))):
-                raise ValueError(
-                    f"bound for {path} must be a positive, finite number; got {value}."
-                )
-    return bounds
+    return {path: _checked_bound(path, value, state[path]) for path, value in bounds.items()}
+
+
+def _checked_bound(path: str, value: Any, singular: Singular) -> Any:
+    known = not isinstance(value, jax.core.Tracer)
+    number = np.asarray(value) if known else value
+    numeric = (jnp.floating, jnp.integer)
+    if not any(jnp.issubdtype(number.dtype, kind) for kind in numeric):
+        raise TypeError(
+            f"bound for {shown(path)} must be a positive number, or a mapping from paths to such; "
+            f"got {kind_of(value)}."
+        )
+    if known and not (np.all(number > 0) and np.all(np.isfinite(number))):
+        raise ValueError(
+            f"bound for {shown(path)} must be a positive, finite number; got {number}."
+        )
+    norms = singular.sigma.shape
+    if number.shape not in ((), norms):
+        raise ValueError(
+            f"bound for {shown(path)} has shape {number.shape}, but its norms have {norms}: give "
+            "one number, or an array of that shape; where shapes differ, a mapping from paths."
+        )
+    return value if number.shape == () else jnp.asarray(value)
 
 
 def listed(paths, most: int = 10) -> str:

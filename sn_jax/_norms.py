@@ -37,7 +37,7 @@ from sn_jax._symbols import (
     symbols,
     taps_of,
 )
-from sn_jax._views import Conv, Matrix, Scaled, Shape, View, check_linear
+from sn_jax._views import Conv, Matrix, Scaled, Shape, View, check_linear, check_view, kind_of
 
 # An explicit matrix is formed where its smaller side is at most this: 128 MiB for the Gram matrix.
 _EXPLICIT = 4096
@@ -69,21 +69,35 @@ class Bounds:
         return iter((self.lower, self.upper))
 
 
-def gram_iteration(matrix: np.ndarray | Array, n_steps: int = 6) -> Bounds:
-    r"""Bracket of the spectral norm from repeated squaring, ``G <- G^H G`` (Delattre 2023).
+class GramResult(NamedTuple):
+    """Both ends of ``gram_iteration``: estimates, no bounds.
+
+    Attributes:
+      lower: (...,), at most the norm, up to rounding.
+      upper: (...,), at least the norm, up to rounding.
+    """
+
+    lower: np.ndarray | Array
+    upper: np.ndarray | Array
+
+
+def gram_iteration(matrix: np.ndarray | Array, n_steps: int = 6) -> GramResult:
+    r"""Estimates of the spectral norm from both sides, by repeated squaring (Delattre 2023).
 
     With ``G_0 = W`` and ``G_t = G_{t-1}^H G_{t-1}``, sigma^(2^t) is the norm of ``G_t``, which
     lies between ``|G_t|_F^2 / tr G_t`` and ``s + sqrt((n - 1)/n (|G_t|_F^2 - n s^2))``, where ``s``
     is the mean eigenvalue. So both ends converge quadratically. Differentiable in ``matrix``,
-    runs where the array lives, under ``jit`` and ``vmap``. It holds in real arithmetic: without
-    slack for rounding it is no certificate, for which see ``norm_bounds``.
+    runs where the array lives, under ``jit`` and ``vmap``. The norm lies between them in real
+    arithmetic only: in float32 one of the converged ends is on the wrong side of it, by some
+    units in the last place, for about a third of random matrices. For a bracket that holds see
+    ``norm_bounds``.
 
     Args:
       matrix: (..., m, n), real or complex.
       n_steps: squarings, ``>= 1``; each costs a product of matrices of the smaller side.
 
     Returns:
-      Bounds: lower and upper, (...), in the dtype of the matrix (its real part's).
+      GramResult: lower and upper, (...), in the dtype of the matrix (its real part's).
 
     Raises:
       ValueError: ``n_steps < 1``, or fewer than two axes.
@@ -103,7 +117,7 @@ def gram_iteration(matrix: np.ndarray | Array, n_steps: int = 6) -> Bounds:
         matrix = xp.matrix_transpose(matrix)
     if 0 in matrix.shape:
         zero = xp.zeros(matrix.shape[:-2], dtype=xp.real(matrix[:0]).dtype)
-        return Bounds(zero, zero)
+        return GramResult(zero, zero)
     n = matrix.shape[-1]
     gram, log_scale = matrix, 0.0
     with jax.default_matmul_precision("highest"):
@@ -123,10 +137,10 @@ def gram_iteration(matrix: np.ndarray | Array, n_steps: int = 6) -> Bounds:
         positive = xp.where(end > 0, end, xp.ones_like(end))
         norm = xp.exp((xp.log(positive) + log_scale) / 2**n_steps)
         ends.append(xp.where(end > 0, norm, xp.zeros_like(end)))
-    return Bounds(*ends)
+    return GramResult(*ends)
 
 
-def spectral_norm(w: Array, view: View = Matrix(), *, rtol: float = 1e-6) -> np.ndarray:  # noqa: B008
+def spectral_norm(w: Array, view: View | None = None, *, rtol: float = 1e-6) -> np.ndarray:
     """The spectral norm of any view, converged: the largest singular value of its map.
 
     Small matrices by SVD, circular convolutions by the norms of their symbols on the grid of
@@ -137,7 +151,8 @@ def spectral_norm(w: Array, view: View = Matrix(), *, rtol: float = 1e-6) -> np.
 
     Args:
       w: the parameter, a concrete array.
-      view: how it acts.
+      view: how it acts; by default ``Matrix()`` for one with two axes. Stacks need a view, such
+        as ``Matrix()``.
       rtol: relative residual, > 0.
 
     Returns:
@@ -145,14 +160,14 @@ def spectral_norm(w: Array, view: View = Matrix(), *, rtol: float = 1e-6) -> np.
 
     Raises:
       ValueError: ``rtol`` not > 0; weights that are not finite; a map that is not linear; no
-        convergence to ``rtol``.
-      TypeError: ``w`` is traced or not floating point.
+        convergence to ``rtol``; no view for other than two axes.
+      TypeError: ``w`` is traced, no array, or not floating point; ``view`` is no view.
 
     Example:
       >>> print(f"{spectral_norm(jnp.array([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]])):.8f}")
       9.52551809
     """
-    w, batch = _checked(w, view, rtol)
+    w, view, batch = _checked(w, view, rtol)
     w, view, _ = _without_factor(w, view)
     norms = np.empty(batch)
     for index, kernel, single in _singles(w, view):
@@ -162,7 +177,7 @@ def spectral_norm(w: Array, view: View = Matrix(), *, rtol: float = 1e-6) -> np.
 
 def norm_bounds(
     w: Array,
-    view: View = Matrix(),  # noqa: B008
+    view: View | None = None,
     *,
     rtol: float = 1e-3,
     key: Array | None = None,
@@ -187,7 +202,8 @@ def norm_bounds(
 
     Args:
       w: the parameter, a concrete array; float64 arrays (NumPy's too) keep their digits.
-      view: how it acts.
+      view: how it acts; by default ``Matrix()`` for one with two axes. Stacks need a view, such
+        as ``Matrix()``.
       rtol: wanted ``upper / lower - 1``, > 0. Rounding limits it to about 1e-12 for small
         matrices and 1e-8 at 4,096 rows.
       key: PRNG key; for ``Linear`` only, and needed there.
@@ -197,8 +213,8 @@ def norm_bounds(
 
     Raises:
       ValueError: ``rtol`` not > 0; weights that are not finite; a map that is not linear; no key
-        for ``Linear``; a kernel that leaves no output.
-      TypeError: ``w`` is traced or not floating point.
+        for ``Linear``; a kernel that leaves no output; no view for other than two axes.
+      TypeError: ``w`` is traced, no array, or not floating point; ``view`` is no view.
 
     Example:
       >>> kernel = jax.random.normal(jax.random.key(0), (3, 3, 8, 16))
@@ -206,7 +222,7 @@ def norm_bounds(
       >>> bool(lower < upper <= lower * 1.001)
       True
     """
-    w, batch = _checked(w, view, rtol)
+    w, view, batch = _checked(w, view, rtol)
     w, view, slack = _without_factor(w, view)
     lower, upper = np.empty(batch), np.empty(batch)
     reason = "the rest is what rounding in float64 can hide"
@@ -245,8 +261,8 @@ def norm_bounds(
     return Bounds(lower[()], upper[()], min(1.0, failure * n_batch))
 
 
-def _checked(w, view: View, rtol: float) -> tuple[np.ndarray, Shape]:
-    """(the weights in float64, batch shape), or a sentence that says what is wrong."""
+def _checked(w, view: View | None, rtol: float) -> tuple[np.ndarray, View, Shape]:
+    """(the weights in float64, view, batch shape), or a sentence that says what is wrong."""
     if isinstance(w, jax.core.Tracer):
         raise TypeError(
             "Exact norms are found on the host, from concrete arrays: call this outside of jit "
@@ -254,9 +270,30 @@ def _checked(w, view: View, rtol: float) -> tuple[np.ndarray, Shape]:
         )
     if not rtol > 0:
         raise ValueError(f"rtol must be > 0; got {rtol}.")
-    w = np.asarray(w)
+    if isinstance(w, View):
+        raise TypeError(f"The first argument is {w}, a view: the order is (w, view).")
+    try:
+        array = np.asarray(w)
+    except ValueError:  # lists of different lengths
+        array = np.asarray(None)
+    if array.dtype == object:
+        raise TypeError(
+            f"Norms are those of one array of weights; got {kind_of(w)}. Of a tree of parameters "
+            "take one at a time: {path: sn_jax.norm_bounds(leaves[path], view) for path, view in "
+            "views.items()}."
+        )
+    w = array
     if not jnp.issubdtype(w.dtype, jnp.floating):
         raise TypeError(f"Norms are those of real floating-point weights; got {w.dtype}.")
+    if view is None:
+        if w.ndim != 2:
+            raise ValueError(
+                f"A parameter of shape {w.shape} has {w.ndim} axes, so its view must be given: "
+                "sn_jax.Matrix((0, 1, 2), 3) for a flattened 2-D convolution, say, or "
+                "sn_jax.Matrix() for a stack of matrices."
+            )
+        view = Matrix()
+    check_view(view, "The second argument")
     w = w.astype(np.float64)
     if not np.isfinite(w).all():
         bad = w.size - np.isfinite(w).sum()
@@ -267,7 +304,7 @@ def _checked(w, view: View, rtol: float) -> tuple[np.ndarray, Shape]:
     if not isinstance(view, Matrix | Conv):
         with on_host():
             check_linear(view, jnp.asarray(w), in_w=False)
-    return w, batch
+    return w, view, batch
 
 
 def _without_factor(w: np.ndarray, view: View) -> tuple[np.ndarray, View, float]:

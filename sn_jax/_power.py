@@ -15,8 +15,9 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
-from jax.tree_util import Partial
+from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 
 from sn_jax import _sharding
 
@@ -38,9 +39,10 @@ class PowerResult(NamedTuple):
 def as_steps(n_steps: int | Array) -> int | Array:
     """``n_steps`` as a static Python int, or the traced / device array that it is."""
     if isinstance(n_steps, jax.Array):
-        if n_steps.ndim or not jnp.issubdtype(n_steps.dtype, jnp.integer):
+        if n_steps.ndim or not jnp.issubdtype(n_steps.dtype, jnp.signedinteger):
             raise TypeError(
-                f"n_steps must be an integer scalar; got {n_steps.dtype} of shape {n_steps.shape}."
+                f"n_steps must be a Python int or a signed integer scalar; got {n_steps.dtype} of "
+                f"shape {n_steps.shape}: convert it, as by n_steps.astype(jnp.int32)."
             )
         if isinstance(n_steps, jax.core.Tracer) or int(n_steps) >= 0:
             return n_steps
@@ -48,7 +50,7 @@ def as_steps(n_steps: int | Array) -> int | Array:
         try:
             n_steps = operator.index(n_steps)
         except TypeError:
-            raise TypeError(f"n_steps must be an integer; got {n_steps!r}.") from None
+            raise TypeError(f"n_steps must be an integer, such as 1; got {n_steps!r}.") from None
         if n_steps >= 0:
             return n_steps
     raise ValueError(f"n_steps must be at least 0 (0 keeps the stored vectors); got {n_steps}.")
@@ -67,8 +69,11 @@ def power_iteration(
 
     Args:
       matvec: linear map from (*batch, *domain) to (*batch, *codomain), each batch element on its
-        own. To compile once for many calls, pass ``jax.tree_util.Partial(f, w)`` with ``f``
-        defined at module level: a fresh lambda is a new function to ``jit``.
+        own: any function, bound method or ``jax.tree_util.Partial``. It is traced anew at each
+        call, so the result is that of what it closes over now. Calls whose programs are equal
+        compile once: arrays (of the same shapes) may differ, as in ``Partial(f, w)``, in
+        ``lambda x: w @ x`` or in a method that reads ``self.w``; Python numbers are part of the
+        program.
       v0: start, (*batch, *domain), floating, not orthogonal to the leading singular vector (draw
         it at random). Iterates in its dtype.
       n_steps: number of steps, ``>= 0``; a Python int, or an integer array (then not baked in).
@@ -78,7 +83,8 @@ def power_iteration(
       PowerResult: ``sigma`` (*batch,), ``u`` (*batch, *codomain), ``v`` (*batch, *domain).
 
     Raises:
-      ValueError, TypeError: ``n_steps`` negative or not an integer; ``v0`` not floating.
+      ValueError, TypeError: ``n_steps`` negative or not an integer; ``v0`` not floating;
+        ``matvec`` is no function, does not return one array, or is not linear.
 
     Example:
       >>> w = jnp.array([[3.0, 0.0], [0.0, 1.0]])
@@ -86,35 +92,107 @@ def power_iteration(
       >>> print(f"{result.sigma:.4f}")
       3.0000
     """
+    if not callable(matvec):
+        raise TypeError(
+            f"matvec must be a function of one array, such as lambda x: w @ x; got "
+            f"{type(matvec).__name__}. The order is (matvec, v0, n_steps)."
+        )
     steps = as_steps(n_steps)
     v0 = jnp.asarray(v0)
     if not jnp.issubdtype(v0.dtype, jnp.floating):
         raise TypeError(f"v0 must be floating point; got {v0.dtype}.")
     if not 0 <= batch_ndim <= v0.ndim:
         raise ValueError(f"batch_ndim={batch_ndim} does not fit v0 of shape {v0.shape}.")
-    if not isinstance(matvec, Partial):
-        matvec = Partial(matvec)
+    program, closed_over = _traced(matvec, v0)
     static = isinstance(steps, int)
     return _power_iteration(
-        matvec, v0, None if static else steps, static_steps=steps if static else None,
-        batch_ndim=batch_ndim,
+        program, closed_over, v0, None if static else steps,
+        static_steps=steps if static else None, batch_ndim=batch_ndim,
     )  # fmt: skip
 
 
-@partial(jax.jit, static_argnames=("static_steps", "batch_ndim"))
-def _power_iteration(matvec, v0, traced_steps, *, static_steps, batch_ndim):
-    # What matvec closes over becomes an argument, so that the loop can hold it constant.
-    matvec, closed_over = jax.closure_convert(matvec, v0)
-
-    def apply(w, x):
-        return matvec(x, *w)
-
+@partial(jax.jit, static_argnames=("program", "static_steps", "batch_ndim"))
+def _power_iteration(program, closed_over, v0, traced_steps, *, static_steps, batch_ndim):
     v = unit(lax.stop_gradient(v0), 0.0, batch_ndim)
-    u = unit(apply(lax.stop_gradient(closed_over), v), 0.0, batch_ndim)
+    u = unit(program(lax.stop_gradient(closed_over), v), 0.0, batch_ndim)
     u, v = (jnp.expand_dims(x, batch_ndim) for x in (u, v))
     steps = static_steps if traced_steps is None else traced_steps
-    sigma, u, v = iterate(apply, closed_over, u, v, n_steps=steps, batch_ndim=batch_ndim)
+    sigma, u, v = iterate(program, closed_over, u, v, n_steps=steps, batch_ndim=batch_ndim)
     return PowerResult(sigma, _first(u, batch_ndim), _first(v, batch_ndim))
+
+
+def _traced(matvec: Callable[[Array], Array], v0: Array) -> tuple["_Program", list[Array]]:
+    """(program, the arrays that ``matvec`` closes over, which are the program's arguments)."""
+    # Through a function of its own: traces of one that was seen before are remembered.
+    closed, out = jax.make_jaxpr(lambda x: matvec(x), return_shape=True)(v0)
+    if not isinstance(out, jax.ShapeDtypeStruct):
+        raise TypeError(f"matvec must return one array; got a {type(out).__name__}.")
+    program = _Program(closed.jaxpr)
+    try:
+        jax.eval_shape(jax.linear_transpose(partial(program, closed.consts), v0), out)
+    except Exception as error:
+        raise ValueError(
+            f"matvec is not linear: it cannot be transposed ({error}). Leave biases, activations "
+            "and normalizations out of it."
+        ) from error
+    return program, closed.consts
+
+
+class _Program:
+    """A traced map of (closed-over arrays, x), equal to every other that computes the same way.
+
+    So ``jit``, to which it is a static argument, compiles equal ones once, though each call of
+    ``power_iteration`` traces its function anew.
+    """
+
+    def __init__(self, jaxpr: Jaxpr):
+        self._jaxpr, self._structure = jaxpr, _structure(jaxpr)
+
+    def __call__(self, closed_over: list[Array], x: Array) -> Array:
+        (y,) = jax.core.eval_jaxpr(self._jaxpr, closed_over, x)
+        return y
+
+    def __hash__(self):
+        return hash(self._structure)
+
+    def __eq__(self, other):
+        return isinstance(other, _Program) and self._structure == other._structure
+
+
+def _structure(x: Any) -> Any:
+    """A jaxpr, or a parameter of one of its equations, in hashable form.
+
+    Equal forms compute equally; whatever is not understood is compared by identity, and lives as
+    long as the program that holds it.
+    """
+    if isinstance(x, ClosedJaxpr):
+        return _structure(x.jaxpr), tuple(map(id, x.consts))
+    if isinstance(x, Jaxpr):
+        numbers = {}
+
+        def atom(v):
+            if isinstance(v, Literal):
+                return v.aval, np.asarray(v.val).tobytes()
+            return numbers.setdefault(v, len(numbers)), v.aval
+
+        inputs = [atom(v) for v in (*x.constvars, *x.invars)]
+        equations = [
+            (eqn.primitive, tuple(map(atom, eqn.invars)), _structure(eqn.params),
+             tuple(map(atom, eqn.outvars)))
+            for eqn in x.eqns
+        ]  # fmt: skip
+        return tuple(inputs), tuple(equations), tuple(map(atom, x.outvars))
+    if isinstance(x, dict):
+        return tuple((name, _structure(value)) for name, value in sorted(x.items()))
+    if isinstance(x, tuple | list):
+        return type(x), tuple(map(_structure, x))
+    if isinstance(x, float):
+        return x.hex()  # 0.0 == -0.0
+    try:
+        hash(x)
+    except TypeError:
+        return "is", id(x)
+    return type(x), x
 
 
 def iterate(
@@ -331,15 +409,18 @@ def unit(x: Array, fallback: Array | float, lead: int) -> Array:
 def _unit_and_length(x: Array, fallback: Array | float, lead: int) -> tuple[Array, Array]:
     """``unit`` and |x|, which is 0 or NaN where x has no direction."""
     axes = tuple(range(lead, x.ndim))
-    # Scaled by its largest entry: squares of 1e-30 would underflow in float32.
+    # Scaled by its largest entry: squares of 1e-30 would underflow in float32. In two steps, as the
+    # inverse of the largest numbers is subnormal, which processors take for 0.
     peak = jnp.max(jnp.abs(x), axes, initial=0 if 0 in x.shape else None)
-    scale = 1 / peak
-    x_scaled = x * _expand(scale, x)
-    # NaN, so not > 0, where x is zero, not finite, or so large that its inverse is denormal.
-    inverse = scale * lax.rsqrt(jnp.sum(x_scaled * x_scaled, axes))
-    usable = inverse > 0
-    x = jnp.where(_expand(usable, x), x * _expand(inverse, x), fallback)
-    return x, jnp.where(usable, 1 / inverse, jnp.where(peak < 1, 0.0, jnp.nan))
+    first = jnp.where(peak > 1, 2.0**-8, 1.0).astype(x.dtype)
+    scale = 1 / (peak * first)
+    x_scaled = (x * _expand(first, x)) * _expand(scale, x)
+    # NaN, so not > 0, where x is zero or not finite.
+    square = jnp.sum(x_scaled * x_scaled, axes)
+    usable = square > 0
+    x = jnp.where(_expand(usable, x), x_scaled * _expand(lax.rsqrt(square), x), fallback)
+    length = peak * jnp.sqrt(square)
+    return x, jnp.where(usable, length, jnp.where(peak < 1, 0.0, jnp.nan))
 
 
 def noise(seed: Array | int, shape: tuple[int, ...], dtype) -> Array:

@@ -2,7 +2,7 @@
 
 import math
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import lru_cache, partial
 from typing import Any, Protocol, runtime_checkable
@@ -260,6 +260,12 @@ class Conv:
         n = len(size)
         if not 1 <= n <= 3:
             raise ValueError(f"Conv(input_shape={size}): give one to three spatial sizes.")
+        if any(map(jax.export.is_symbolic_dim, size)):
+            raise ValueError(
+                f"Conv(input_shape={size}): a convolution has another norm at each size, so no "
+                "symbolic one; export it at fixed sizes, or take the flattened kernel, "
+                'Matrix((0, 1, 2), 3), which is conv="reshape".'
+            )
         plain = {"input_shape": _per_dimension(size, n, "input_shape")}
         for name in ("strides", "input_dilation", "kernel_dilation"):
             plain[name] = _per_dimension(getattr(self, name), n, name)
@@ -432,7 +438,8 @@ class Linear:
     that ``W / sigma`` has norm 1.
 
     ``fn`` is static: hashed, compared, and pickled by name. Define it at module level. A fresh
-    lambda is a new function each time: it compiles again, and does not pickle.
+    lambda is a new function each time: it compiles again, and does not pickle. What it closes over
+    (globals, the object of a method) is compiled in and must not change: what changes is ``w``.
 
     Args:
       fn: ``fn(w, x) -> y``, arrays of any shape; written in JAX.
@@ -482,7 +489,7 @@ class Linear:
         return _scale(w, factor, ())
 
 
-class _Values:
+class Values:
     """An array as a static value: compared and hashed by what it holds."""
 
     def __init__(self, array: Any):
@@ -492,13 +499,13 @@ class _Values:
         self._hash = hash(self._key)
 
     def __eq__(self, other):
-        return isinstance(other, _Values) and self._key == other._key
+        return isinstance(other, Values) and self._key == other._key
 
     def __hash__(self):
         return self._hash
 
     def __reduce__(self):  # hashes of strings differ from process to process
-        return _Values, (self.array,)
+        return Values, (self.array,)
 
 
 @dataclass(frozen=True, init=False, repr=False)
@@ -526,11 +533,10 @@ class Scaled:
     """
 
     view: View
-    values: _Values
+    values: Values
 
     def __init__(self, view: View, factor: Any):
-        if not isinstance(view, View) or isinstance(view, type):
-            raise TypeError(f"Scaled(view={view!r}): give a view, such as sn_jax.Matrix().")
+        check_view(view, "Scaled")
         if isinstance(factor, jax.core.Tracer):
             raise TypeError(
                 "Scaled(factor=...) is traced: its values must be known, as they are part of the "
@@ -542,7 +548,7 @@ class Scaled:
         if not jnp.issubdtype(values.dtype, jnp.floating):
             raise TypeError(f"Scaled(factor=...) of dtype {values.dtype}: give real numbers.")
         object.__setattr__(self, "view", view)
-        object.__setattr__(self, "values", _Values(values))
+        object.__setattr__(self, "values", Values(values))
 
     def __repr__(self):
         factor = self.factor
@@ -595,6 +601,35 @@ def _whole(view: View, shape: Shape) -> Shape:
     """The kernel's shape where ``shape`` is one device's block of it."""
     names = _sharding.split_names(view, len(shape))
     return _sharding.whole(shape, names) if any(names) else shape
+
+
+def check_view(view: Any, who: str, instead: str = "") -> None:
+    """Raise unless ``who`` gives a view; ``instead`` says what else would do."""
+    if isinstance(view, type):
+        arguments = "" if view is Matrix else "..."
+        raise TypeError(
+            f"{who} gives the class {view.__name__}, which is no view itself: write "
+            f"{view.__name__}({arguments})."
+        )
+    if not isinstance(view, View):
+        if isinstance(getattr(view, "view", None), View):  # an entry of a state
+            instead = f"; its .view is {view.view}"
+        raise TypeError(
+            f"{who} gives {kind_of(view)}, which is no view; use one such as "
+            f"sn_jax.Matrix(){instead}."
+        )
+
+
+def kind_of(x: Any) -> str:
+    """What x is, in words short enough for a sentence."""
+    if hasattr(x, "shape") and hasattr(x, "dtype"):
+        return f"an array of {x.dtype} with shape {tuple(x.shape)}"
+    name = type(x).__name__
+    name = f"{'an' if name[0] in 'aeiou' else 'a'} {name}"
+    if isinstance(x, Mapping):
+        return f"{name} with the keys {list(x)[:5]}"
+    text = repr(x) if isinstance(x, str | int | float | tuple | View) or callable(x) else ""
+    return f"{name}, {text}" if 0 < len(text) <= 60 else name
 
 
 def check_linear(view: View, w: Array, *, in_w: bool) -> None:

@@ -6,18 +6,16 @@ Needs NumPy and JAX only: torch tensors are read through their own ``detach().cp
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import fields, replace
+from dataclasses import replace
 from itertools import combinations
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 
-from sn_jax import _core
+from sn_jax import _core, _serial
 from sn_jax._core import Params, Rules, Singular, State
 from sn_jax._views import Conv, Matrix, Scaled, View, compute_dtype
-
-VERSION = 1
 
 # The end of a key in a torch state dict -> what it holds; None: no parameter, left aside.
 _TORCH_FIELDS = {
@@ -73,7 +71,8 @@ def from_torch(
     ConvTranspose (more than 2 axes, as many input as output channels) needs ``views`` to say.
 
     Torch's ``u`` (out,) carries over as it is; ``v`` is permuted as the kernel is, and stays
-    unflattened. Running statistics of BatchNorm are no parameters and are left aside.
+    unflattened. All arrays are copies: torch may train on. Running statistics of BatchNorm are no
+    parameters and are left aside.
 
     Args:
       state_dict: torch's names -> tensors, or arrays. bfloat16 is read through float32.
@@ -114,15 +113,16 @@ def from_torch(
     for module in _matched(state_dict, template, views, names):
         dtype = module.leaf.dtype
         weight = module.layout.to_flax(module.arrays["weight"], range(len(module.shape)))
-        changed[module.path] = jnp.asarray(weight, dtype)
+        # Copies, here and below: jnp.asarray may share the memory that torch trains on.
+        changed[module.path] = jnp.array(weight, dtype)
         if "bias" in module.arrays:
-            changed[module.bias_path] = jnp.asarray(module.arrays["bias"], module.bias.dtype)
+            changed[module.bias_path] = jnp.array(module.arrays["bias"], module.bias.dtype)
         if "u" not in module.keys:
             continue
         axes, vectors = module.vector_axes(), {}
         for field, kept in axes.items():
             x = module.arrays[field].reshape([module.shape[axis] for axis in kept])
-            vectors[field] = jnp.asarray(module.layout.to_flax(x, kept)[None], compute_dtype(dtype))
+            vectors[field] = jnp.array(module.layout.to_flax(x, kept)[None], compute_dtype(dtype))
         view, swapped = module.view_of(axes, None if isinstance(module.view, Conv) else module.view)
         u, v = (vectors[field] for field in ("vu" if swapped else "uv"))
         state[module.path] = Singular(u, v, jnp.zeros((), u.dtype), view)
@@ -165,7 +165,7 @@ def to_torch(
              [3.]])
     """
     _core.check_state(state)
-    result = {key: _as_array(value) for key, value in template.items()}
+    result = {key: np.array(_as_array(value)) for key, value in template.items()}
     unused = dict(state)
 
     def put(module, field, x):
@@ -223,25 +223,28 @@ def to_state_dict(state: State) -> dict[str, Any]:
       (1, (1, 3))
     """
     _core.check_state(state)
-    entries = {path: {name: np.asarray(getattr(entry, name)) for name in _ARRAYS}
+    entries = {path: {name: np.asarray(getattr(entry, name)) for name in _serial.ARRAYS}
                for path, entry in state.items()}  # fmt: skip
-    return {"version": VERSION, "state": entries}
+    return {"version": _serial.VERSION, "state": entries}
 
 
-def from_state_dict(d: Mapping[str, Any], template: State) -> State:
-    """The state that ``to_state_dict`` made plain.
+def from_state_dict(d: Mapping[str, Any], template: State | Mapping[str, View]) -> State:
+    """The state that ``to_state_dict``, or a checkpoint library, made plain.
 
     Args:
-      d: its result, or what a checkpoint library made of it.
+      d: the result of ``to_state_dict``, or what a checkpoint library made of it; or the nested
+        dicts ``{path: {"u": ..., "v": ..., "sigma": ...}}`` that one reads without a template
+        from a checkpoint that was written of a ``State`` itself.
       template: a state of the same model (``jax.eval_shape`` of ``sn_jax.init`` will do): paths,
-        shapes, dtypes and views are taken from it.
+        shapes, dtypes and views are taken from it. Or the views alone, path -> view: then
+        shapes and dtypes are those of ``d``, and are checked when parameters come.
 
     Returns:
-      State: like ``template``, with the arrays of ``d``.
+      State: like ``template``, with copies of the arrays of ``d``.
 
     Raises:
       ValueError: another version, other paths or other shapes than the template's.
-      TypeError: ``template`` is not a state.
+      TypeError: ``template`` is neither a state nor views.
 
     Example:
       >>> import jax, sn_jax
@@ -250,19 +253,28 @@ def from_state_dict(d: Mapping[str, Any], template: State) -> State:
       >>> again = from_state_dict(to_state_dict(state), template)
       >>> bool(jnp.all(again["kernel"].u == state["kernel"].u))
       True
+      >>> again = from_state_dict(to_state_dict(state), {"kernel": sn_jax.Matrix()})
+      >>> jax.tree.structure(again) == jax.tree.structure(state)
+      True
     """
-    _core.check_state(template)
-    if not isinstance(d, Mapping) or not {"version", "state"} <= d.keys():
+    by_views = isinstance(template, Mapping) and all(
+        isinstance(like, View) and not isinstance(like, type) for like in template.values()
+    )
+    if not by_views:
+        _core.check_state(template, " Views alone, path -> view, will do, too.")
+    if not isinstance(d, Mapping) or not (
+        {"version", "state"} <= d.keys()
+        or all(isinstance(x, Mapping) and {*_serial.ARRAYS} <= x.keys() for x in d.values())
+    ):
         raise ValueError(
             "This is no result of sn_jax.convert.to_state_dict: that has the keys 'version' and "
-            f"'state'; got {sorted(d) if isinstance(d, Mapping) else type(d).__name__}."
+            "'state', or is a state read as dicts, path -> u, v and sigma; got "
+            f"{sorted(d) if isinstance(d, Mapping) else type(d).__name__}."
         )
-    if int(d["version"]) != VERSION:
-        raise ValueError(
-            f"The state was written in version {int(d['version'])} of the format, and this "
-            f"release of sn_jax reads version {VERSION}; install the release that wrote it."
-        )
-    entries = d["state"]
+    entries = d
+    if "version" in d:
+        _serial.check_version(d["version"])
+        entries = d["state"]
     missing, unknown = template.keys() - entries.keys(), entries.keys() - template.keys()
     if missing or unknown:
         raise ValueError(
@@ -271,24 +283,29 @@ def from_state_dict(d: Mapping[str, Any], template: State) -> State:
             f"{_core.listed(sorted(unknown))}. Make the template by sn_jax.init with the "
             "parameters and rules of the model that was saved."
         )
-    state = {}
-    for path, like in template.items():
-        arrays = {}
-        for name in _ARRAYS:
-            expected = getattr(like, name)
-            got = np.shape(entries[path][name]) if name in entries[path] else "nothing"
-            if got != expected.shape:
-                raise ValueError(
-                    f"{name} of {path} is stored with shape {got}, but the template's is "
-                    f"{expected.shape}: the parameter's shape, its view or n_vectors differ. "
-                    "Make the template as the saved state was made."
-                )
-            arrays[name] = jnp.asarray(entries[path][name], expected.dtype)
-        state[path] = Singular(**arrays, view=like.view)
-    return state
+    return {
+        path: _serial.restored(
+            entries[path], _as_stored(entries[path], like, path) if by_views else like, path
+        )
+        for path, like in template.items()
+    }
 
 
-_ARRAYS = tuple(field.name for field in fields(Singular) if field.name != "view")
+def _as_stored(entry: Mapping[str, Any], view: View, path: str) -> Singular:
+    """A template for one entry from its own shapes, as far as they fit each other."""
+    shapes = {name: np.shape(entry[name]) for name in _serial.ARRAYS if name in entry}
+    lead = len(shapes.get("sigma", ())) + 1
+    if len(shapes) < 3 or not (
+        len(shapes["u"]) >= lead
+        and shapes["u"][:lead] == shapes["v"][:lead]
+        and shapes["u"][: lead - 1] == shapes["sigma"]
+    ):
+        raise ValueError(
+            f"{path} is stored with the shapes {shapes}, which are those of no u (*batch, k, "
+            "*codomain), v (*batch, k, *domain) and sigma (*batch,): give what was written of a "
+            "state."
+        )
+    return Singular(**{name: np.asarray(entry[name]) for name in _serial.ARRAYS}, view=view)
 
 
 # One torch module matched with one Flax module.

@@ -1,16 +1,18 @@
 """Spectral norms as an optax transformation: parameters that stay within a ball."""
 
 import math
+import warnings
 from dataclasses import replace
-from functools import partial
-from typing import NamedTuple
+from functools import cache, partial
+from typing import Any, NamedTuple
 
+import chex
 import jax
 import jax.numpy as jnp
 import optax
 from jax import Array, lax
 
-from sn_jax import _core, _power, _sharding
+from sn_jax import _core, _power, _serial, _sharding
 from sn_jax._core import Bound, Rules, State
 from sn_jax._views import View, compute_dtype
 
@@ -30,12 +32,15 @@ class ProjectSpectralNormState(NamedTuple):
     singular: State
 
 
+_serial.register_namedtuple(ProjectSpectralNormState)
+
+
 def project_spectral_norm(
     rules: Rules | None,
-    key: Array,
+    key: chex.PRNGKey,
     *,
     bound: Bound = 1.0,
-    n_steps: int | Array = 1,
+    n_steps: int | Array | None = None,
     exact: bool = False,
 ) -> optax.GradientTransformation:
     """Project parameters onto the ball of spectral norm ``bound``, after every update.
@@ -58,22 +63,25 @@ def project_spectral_norm(
 
     Args:
       rules: regular expression -> view, as for ``sn_jax.init``; ``None`` for its defaults.
-        Leaves that ``optax.masked`` hides match no rule.
+        Leaves that ``optax.masked`` hides match no rule; there, rules may match nothing.
       key: PRNG key for the vectors.
       bound: > 0, one number or a mapping path -> number. May be traced, as
         ``optax.inject_hyperparams`` passes it.
-      n_steps: power-iteration steps per update, >= 0.
+      n_steps: power-iteration steps per update, >= 0; None is 1. Of no effect with
+        ``exact=True``, as a warning says.
       exact: take the norm of the explicit matrix, by eigenvalues of its Gram matrix on the
         smaller side. Costs the cube of that side, which must be at most 16384.
 
     Returns:
       optax.GradientTransformation: its state is a ``ProjectSpectralNormState``, and its
-      ``update`` needs ``params``.
+      ``update`` needs ``params``. To ``optax.tree_map_params`` the whole of the state is one
+      field that has not the parameters' structure.
 
     Raises:
       ValueError: ``bound`` or ``n_steps`` out of range, or nothing matched (at ``init``); no
         ``params`` (at ``update``); a matrix too large for ``exact=True``.
-      TypeError: ``exact`` is not a bool, or ``n_steps`` not an integer.
+      TypeError: ``exact`` is not a bool, ``n_steps`` not an integer, ``key`` no PRNG key, or
+        ``rules`` no mapping to views.
 
     Example:
       >>> params = {"kernel": jnp.diag(jnp.array([2.0, 0.5]))}
@@ -87,17 +95,31 @@ def project_spectral_norm(
     """
     if not isinstance(exact, bool):
         raise TypeError(f"exact must be True or False, not traced; got {exact!r}.")
-    n_steps = _power.as_steps(n_steps)
+    _core.check_key(key, "project_spectral_norm(rules, key)")
+    # Not of the arrays that optax.inject_hyperparams makes of every number, at every update.
+    if exact and isinstance(n_steps, int):
+        warnings.warn(
+            f"project_spectral_norm(exact=True) ignores n_steps={n_steps}: the norm is that of "
+            "the explicit matrix. Leave n_steps out, or take exact=False.",
+            stacklevel=2,
+        )
+    n_steps = _power.as_steps(1 if n_steps is None else n_steps)
 
-    def init(params):
-        state = _core.init(params, key, rules)
+    def init(params: chex.ArrayTree) -> ProjectSpectralNormState:
+        if isinstance(params, _placeholder()):
+            return ProjectSpectralNormState(0)
+        state = _core.init(params, key, _rules_here(rules, params))
         _core.bounds_by_path(bound, state)
         if not exact:
             # Parameters often begin far outside of the ball: so the first step lands on it.
             state = _core.calibrate(params, state, rtol=1e-2)
         return ProjectSpectralNormState(state)
 
-    def update(updates, state, params=None):
+    def update(
+        updates: chex.ArrayTree,
+        state: ProjectSpectralNormState,
+        params: chex.ArrayTree | None = None,
+    ) -> tuple[chex.ArrayTree, ProjectSpectralNormState]:
         if params is None:
             raise ValueError(
                 "project_spectral_norm needs the parameters that it projects: call "
@@ -123,6 +145,25 @@ def project_spectral_norm(
         return _core.with_leaves(updates, changed), ProjectSpectralNormState(new_state)
 
     return optax.GradientTransformation(init, update)
+
+
+@cache
+def _placeholder() -> type:
+    """What ``optax.tree_map_params`` passes to ``init`` in the place of parameters."""
+    seen: list[Any] = []
+    optax.tree_map_params(seen.append, lambda _: None, None)
+    return type(seen[0])
+
+
+def _rules_here(rules: Rules | None, params: chex.ArrayTree) -> Rules | None:
+    """Without those that match nothing, if ``optax.masked`` has hidden leaves."""
+
+    def is_hidden(node):
+        return isinstance(node, optax.MaskedNode)
+
+    if rules is None or not any(map(is_hidden, jax.tree.leaves(params, is_leaf=is_hidden))):
+        return rules
+    return _core.matching_rules(rules, _core.named_leaves(params)) or rules
 
 
 def _difference(projected, stepped, w, update):

@@ -142,12 +142,18 @@ def test_default_rules():
     def shapes(name, shape):
         return sn_jax.init({"kernel": jnp.ones((2, 3)), name: jnp.ones(shape)}, KEY)
 
-    assert shapes("weight", (5, 4, 3, 3))["weight"].view == Matrix((1, 2, 3), 0)
+    for name in ("weight", "embeddings", "weight_ih", "weight_hh", "w_i", "w_h"):
+        assert shapes(name, (5, 4))[name].view == Matrix()
     assert shapes("embedding", (5, 4))["embedding"].view == Matrix()
     assert "scale" not in shapes("scale", (5, 4))
     assert "weight" not in shapes("weight", (5,))
     with pytest.raises(ValueError, match=r"conv/kernel of shape \(3, 3, 4, 5\).*linen.views"):
         sn_jax.init({"conv": {"kernel": jnp.ones((3, 3, 4, 5))}}, KEY)
+    # A torch state dict's, or a stack's: only Equinox's layers say which.
+    with pytest.raises(
+        ValueError, match=r"weight of shape \(5, 4, 3, 3\).*in_axes=\(1, 2, 3\), out_axes=\(0,\)"
+    ):
+        shapes("weight", (5, 4, 3, 3))
 
 
 def test_rules_match_in_full_and_the_first_wins():

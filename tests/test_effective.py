@@ -497,6 +497,9 @@ def test_the_constant_is_part_of_the_view():
     assert pickle.loads(pickle.dumps(view)) == view
     params = {"kernel": jnp.ones((4, 3))}
     state = sn_jax.init(params, KEY, {"kernel": view})
+    exported = jax.export.export(jax.jit(sn_jax.spectral_normalize))(params, state)
+    again = jax.export.deserialize(exported.serialize())
+    assert again.call(params, state)[1]["kernel"].view == view
     restored = sn_jax.convert.from_state_dict(sn_jax.convert.to_state_dict(state), state)
     assert jax.tree.structure(restored) == jax.tree.structure(state)
     traces = []
@@ -506,7 +509,7 @@ def test_the_constant_is_part_of_the_view():
     assert len(traces) == 1
     with pytest.raises(ValueError, match=r"does not broadcast to a kernel of shape \(4, 4\)"):
         sn_jax.init({"kernel": jnp.ones((4, 4))}, KEY, {"kernel": view})
-    with pytest.raises(TypeError, match="give a view"):
+    with pytest.raises(TypeError, match="Scaled gives the class Matrix"):
         sn_jax.Scaled(sn_jax.Matrix, mask)
     with pytest.raises(TypeError, match="traced"):
         jax.jit(lambda m: sn_jax.Scaled(sn_jax.Matrix(), m).matvec(m, m[0]))(mask)

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 import sn_jax
-from experiments.bench.trees import RULES
+from experiments.bench import trees
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore", DeprecationWarning)
@@ -47,7 +47,8 @@ def outputs_last(w):
 
 
 def ours(weights: Tree) -> Contender:
-    return Contender(weights, sn_jax.init(weights, KEY, RULES), sn_jax.spectral_normalize)
+    state = sn_jax.init(weights, KEY, trees.views(weights))
+    return Contender(weights, state, sn_jax.spectral_normalize)
 
 
 def haiku(weights: Tree) -> Contender:

@@ -1,5 +1,6 @@
 """Parameter trees of real models, as shapes: {"conv_00": {"w": (3, 3, 3, 64)}, ...}."""
 
+from collections.abc import Iterable
 from itertools import pairwise
 
 import jax
@@ -9,9 +10,6 @@ import numpy as np
 import sn_jax
 
 Shape = tuple[int, ...]
-
-# Rules for sn_jax.init: the paper's flattened convolutions, and dense kernels.
-RULES = {r"conv.*": sn_jax.Matrix((0, 1, 2), 3), r"dense.*": sn_jax.Matrix()}
 
 
 def sn_gan_cnn() -> dict[str, Shape]:
@@ -47,6 +45,13 @@ def _named(convs: list[Shape], denses: list[Shape]) -> dict[str, Shape]:
     names = [f"conv_{i:02}" for i in range(len(convs))]
     names += [f"dense_{i:02}" for i in range(len(denses))]
     return dict(zip(names, convs + denses, strict=True))
+
+
+def views(names: Iterable[str]) -> dict[str, sn_jax.View]:
+    """For sn_jax.init: the paper's flattened convolutions, and dense kernels."""
+    flattened = sn_jax.Matrix((0, 1, 2), 3)
+    return {f"{name}/w": flattened if name.startswith("conv") else sn_jax.Matrix()
+            for name in names}  # fmt: skip
 
 
 def weights(shapes: dict[str, Shape], seed: int = 0) -> dict[str, dict[str, jax.Array]]:
