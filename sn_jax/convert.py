@@ -119,6 +119,7 @@ def from_torch(
             changed[module.bias_path] = jnp.array(module.arrays["bias"], module.bias.dtype)
         if "u" not in module.keys:
             continue
+        module = module.with_v()
         axes, vectors = module.vector_axes(), {}
         for field, kept in axes.items():
             x = module.arrays[field].reshape([module.shape[axis] for axis in kept])
@@ -369,6 +370,21 @@ class _Module(NamedTuple):
     def shape(self):
         return self.arrays["weight"].shape
 
+    def with_v(self) -> "_Module":
+        """With the v that follows from u, ``W^T u / |W^T u|``, where torch has kept none."""
+        if "v" in self.arrays:
+            return self
+        weight, u = self.arrays["weight"], self.arrays["u"]
+        for axis in (self.layout.out, *range(weight.ndim)):
+            if u.shape == (weight.shape[axis],):
+                v = np.tensordot(u, weight, (0, axis)).ravel()
+                v = v / max(np.linalg.norm(v), np.finfo(v.dtype).tiny)
+                return self._replace(arrays={**self.arrays, "v": v})
+        raise ValueError(
+            f"Torch's {self.name!r} has a weight of shape {weight.shape}, but u of shape "
+            f"{u.shape}: it fits none of its flattenings. Take all from one state_dict."
+        )
+
     def vector_axes(self) -> dict[str, list[int]]:
         """Torch's axes of u and of v: torch flattens all but one, its argument ``dim``."""
         n, u, v = len(self.shape), self.arrays["u"].size, self.arrays["v"].size
@@ -497,7 +513,8 @@ def _torch_modules(state_dict) -> dict[str, dict[str, str]]:
         fields[field] = key
     for module, fields in modules.items():
         plain = fields.get("weight", "weight").rpartition(".")[2] == "weight"
-        if {"u", "v"} & fields.keys() != (set() if plain else {"u", "v"}):
+        # PyTorch 0.4 and older keep u alone.
+        if {"u", "v"} & fields.keys() not in ([set()] if plain else [{"u"}, {"u", "v"}]):
             raise ValueError(
                 f"Torch's module {module!r} has only {_core.listed(fields.values())}: a weight "
                 "under spectral_norm comes with its u and v, and a plain one without. Other "

@@ -233,6 +233,22 @@ def test_named_paddings_are_what_the_docstring_says(
     )
 
 
+@pytest.mark.parametrize("case", ["linear", "conv2d", "transpose"])
+def test_checkpoints_of_torch_0_4_have_no_v(case):
+    """u alone tells it: what W^T takes u to, normalized."""
+    _, name, views = CASES[case]
+    state_dict = dict(recorded("hook")[name]["state"])
+    del state_dict["weight_v"]
+    params, state = from_torch(state_dict, template_of(case), views)
+    (entry,) = state.values()
+    w, u = state_dict["weight_orig"], state_dict["weight_u"]
+    w = np.moveaxis(w, 1, 0) if case == "transpose" else w
+    sigma = np.linalg.norm(u @ w.reshape(len(u), -1))
+    np.testing.assert_allclose(entry.sigma, sigma, rtol=1e-5)
+    kernel = jax.tree.leaves(sn_jax.spectral_normalize(params, state, n_steps=0)[0])[-1]
+    np.testing.assert_allclose(np.linalg.norm(kernel), np.linalg.norm(w) / sigma, rtol=1e-5)
+
+
 def zeros(*shape):
     return np.zeros(shape, np.float32)  # not JAX's: tests run with other types than collection
 
@@ -387,7 +403,7 @@ SN = {"0.weight_orig": np.eye(3), "0.weight_u": np.eye(3)[0], "0.weight_v": np.e
         ({"0.parametrizations.weight.original0": np.eye(3)}, {"x": dense()}, {}, "not understood"),
         ({"0.parametrizations.weight.original": np.eye(3)}, {"x": dense()}, {},
          r"'0' has only.*remove_parametrizations"),
-        ({"0.weight_orig": np.eye(3), "0.weight_u": np.ones(3)}, {"x": dense()}, {}, "has only"),
+        ({"0.weight_orig": np.eye(3), "0.weight_v": np.ones(3)}, {"x": dense()}, {}, "has only"),
         (SN | {"0.weight": np.eye(3)}, {"x": dense()}, {}, r"'0.weight_orig' and '0.weight' are "
          r"both the weight"),
         (SN | {"0.weight_u": np.ones(4)}, {"x": dense((3, 3), False)}, {},
