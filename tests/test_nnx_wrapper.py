@@ -101,6 +101,42 @@ def test_bake_keeps_no_trace_of_the_call_that_it_looks_at():
     np.testing.assert_allclose(plain(X), wrapped(X), rtol=1e-5, atol=1e-6)
 
 
+class Gated(nnx.Module):
+    """NumPy attributes that Python code reads."""
+
+    def __init__(self):
+        self.w = nnx.Param(jnp.asarray(np.random.default_rng(2).standard_normal((8, 4)), "float32"))
+        self.more = nnx.data([{"mask": np.eye(8, 4, dtype=np.float32), "open": np.array([True])}])
+
+    def __call__(self, x):
+        mask, is_open = self.more[0]["mask"], self.more[0]["open"]
+        return x @ (self.w[...] * mask) if is_open[0] else jnp.zeros((len(x), 4))
+
+
+def test_numpy_attributes_are_constants_of_each_call():
+    layer = Gated()
+    wrapped = SpectralNorm(layer, warmup=200, rngs=nnx.Rngs(0))
+    norm = lambda m: np.linalg.norm(m(jnp.eye(8, dtype=jnp.float32)), 2)  # noqa: E731
+    np.testing.assert_allclose(norm(wrapped), 1, rtol=1e-4)
+    np.testing.assert_allclose(norm(bake(wrapped, X)), 1, rtol=1e-4)
+    np.testing.assert_allclose(norm(wrap(layer, views(layer, X), rngs=nnx.Rngs(0), warmup=200)), 1,
+                               rtol=1e-4)  # fmt: skip
+    layer.more[0]["mask"][:] = 1  # in place
+    for _ in range(200):
+        wrapped(X)
+    np.testing.assert_allclose(norm(wrapped), 1, rtol=1e-4)
+    assert norm(layer) > 2
+    layer.more[0]["open"][:] = False
+    assert norm(wrapped) == 0
+    conv = nnx.Conv(1, 2, (3,), mask=np.ones((3, 1, 2), np.float32), rngs=nnx.Rngs(0))
+    x = jnp.ones((1, 5, 1))
+    assert list(views(conv, x)) == ["kernel"]
+    wrapped = SpectralNorm(conv, rngs=nnx.Rngs(0))
+    wrapped(x)
+    wrapped.eval()
+    np.testing.assert_allclose(bake(wrapped, x)(x), wrapped(x), rtol=1e-5)
+
+
 class Counter(nnx.Module):
     def __init__(self, rngs):
         self.linear = nnx.Linear(8, 8, rngs=rngs)
