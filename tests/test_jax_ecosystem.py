@@ -5,6 +5,7 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 import chex
 import flax
@@ -15,6 +16,7 @@ import numpy as np
 import optax
 import orbax.checkpoint as ocp
 import pytest
+from fixtures import make_checkpoint_fixtures as checkpoints
 from flax import nnx
 from flax.training.train_state import TrainState
 from jax import export
@@ -337,6 +339,57 @@ def test_a_state_that_orbax_read_without_a_template_is_a_state_again(tmp_path):
     wrong = from_state_dict(plain, {**VIEWS, "dense/kernel": Matrix(1, 0)})
     with pytest.raises(ValueError, match="dense/kernel has shape"):
         sn_jax.spectral_norms(PARAMS, wrong)
+
+
+# Checkpoints of both Flaxes, as they were written: the files must load for ever.
+
+FIXTURES = Path(checkpoints.__file__).parent
+
+
+def read(name):
+    return flax.serialization.msgpack_restore((FIXTURES / name).read_bytes())
+
+
+def normalized(kernel, scale=1.0):
+    """By the exact norm of the kernel of a convolution, or of a dense layer with outputs last."""
+    rows = kernel.shape[0] if kernel.ndim < 4 else kernel[..., 0].size
+    return scale * kernel / np.linalg.norm(kernel.reshape(rows, -1).astype(np.float64), 2)
+
+
+def test_a_linen_checkpoint_of_version_1_loads():
+    variables = read("linen_v1.msgpack")
+    model, x = checkpoints.LinenModel(), checkpoints.X
+    fresh = jax.tree.map(jnp.shape, model.init(KEY, x))
+    assert jax.tree.map(jnp.shape, variables) == fresh
+    scale = variables["params"].pop("SpectralNorm_1")["Sequential_0/layers_0/kernel/scale"]
+    assert scale != 1
+    plain = {
+        name: leaves | {"kernel": normalized(leaves["kernel"], scale if "General" in name else 1)}
+        for name, leaves in variables["params"].items()
+    }
+    expected = checkpoints.LinenModel(wrapped=False).apply({"params": plain}, x)
+    variables = read("linen_v1.msgpack")
+    np.testing.assert_allclose(model.apply(variables, x), expected, rtol=1e-4, atol=1e-5)
+    trained, _ = model.apply(variables, x, mutable=["batch_stats"])
+    np.testing.assert_allclose(trained, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_an_nnx_checkpoint_of_version_1_loads():
+    pure = read("nnx_v1.msgpack")
+    model, plain, x = checkpoints.NNXModel(), checkpoints.NNXModel(wrapped=False), checkpoints.X
+    state = nnx.state(model)
+    assert jax.tree.map(jnp.shape, pure) == jax.tree.map(jnp.shape, nnx.to_pure_dict(state))
+    nnx.replace_by_pure_dict(state, pure)
+    nnx.update(model, state)
+    scale = pure["dense"]["scales"]["kernel"]["scale"]
+    assert scale != 1
+    for name, layer in (("conv", plain.conv), ("dense", plain.dense), ("head", plain.head)):
+        leaves = pure[name]["layer_instance"]
+        kernel = normalized(leaves["kernel"], scale if name == "dense" else 1)
+        layer.kernel[...] = jnp.asarray(kernel, jnp.float32)
+        layer.bias[...] = jnp.asarray(leaves["bias"])
+    model.eval()
+    np.testing.assert_allclose(model(x), plain(x), rtol=1e-4, atol=1e-5)
 
 
 # optax.
