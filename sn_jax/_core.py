@@ -530,7 +530,8 @@ def _select(params: Params, leaves: Mapping[str, Any], rules: Rules | None) -> d
             else f"matched in full by one of {list(rules)}"
         )
         raise ValueError(
-            f"No parameter to normalize: none is {wanted}. The paths are: {listed(leaves)}. "
+            f"No parameter to normalize: none is {wanted}. The paths are: "
+            f"{listed(map(shown, leaves))}. "
             "Give rules that match some of them."
         )
     return selected

@@ -445,6 +445,40 @@ def test_to_torch_needs_the_same_weights_normalized():
         to_torch(params, params, SN)
 
 
+def aligned(x):
+    """As torch's memory is, which JAX on the CPU would share."""
+    buffer = np.empty(x.nbytes + 64, np.uint8)
+    start = -buffer.ctypes.data % 64
+    copy = buffer[start : start + x.nbytes].view(x.dtype).reshape(x.shape)
+    copy[...] = x
+    return copy
+
+
+def test_the_result_is_a_copy():
+    """Training the torch model on changed u, biases and embeddings."""
+    rng = np.random.default_rng(0)
+    names = {"0.weight_orig": (64, 32), "0.bias": (64,), "0.weight_u": (64,), "0.weight_v": (32,),
+             "1.weight": (64, 32), "2.running_mean": (64,), "2.weight": (64,)}  # fmt: skip
+    torch = {name: aligned(rng.standard_normal(shape).astype(np.float32))
+             for name, shape in names.items()}  # fmt: skip
+    shared = jnp.asarray(torch["0.bias"], jnp.float32)
+    assert shared.unsafe_buffer_pointer() == torch["0.bias"].ctypes.data, "JAX would share it"
+    template = {
+        "Dense_0": {"kernel": jnp.zeros((32, 64)), "bias": jnp.zeros(64)},
+        "Embed_0": {"embedding": jnp.zeros((64, 32))},
+        "Norm_0": {"scale": jnp.zeros(64)},
+    }
+    params, state = from_torch(torch, template)
+    back = to_torch(params, state, torch)
+    plain = {path: {name: aligned(np.asarray(getattr(entry, name))) for name in ("u", "v", "sigma")}
+             for path, entry in state.items()}  # fmt: skip
+    again = from_state_dict({"version": 1, "state": plain}, state)
+    before = jax.tree.map(np.array, (params, state, back, again))
+    for x in (*torch.values(), *jax.tree.leaves(plain)):
+        x[...] = 7
+    jax.tree.map(np.testing.assert_array_equal, (params, state, back, again), before)
+
+
 def test_importing_it_loads_no_framework():
     code = (
         "import sys, sn_jax.convert; "

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import CASES, known_spectrum, state_of, svd_rtol
+from helpers import CASES, count_compilations, known_spectrum, state_of, svd_rtol
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -230,9 +230,78 @@ def test_power_iteration_on_a_closure_a_partial_and_a_batch():
                                np.linalg.norm(v0[0]))  # fmt: skip
 
 
-def test_power_iteration_compiles_once_for_a_partial():
-    from helpers import count_compilations
+class Changing:
+    """An object whose method is a linear map that changes."""
 
+    def __init__(self, w):
+        self.w, self.factor, self.parts = w, 1.0, [w]
+
+    def whole(self, x):
+        return self.factor * (self.w @ x)
+
+    def first(self, x):
+        return self.parts[0] @ x
+
+
+def test_power_iteration_is_that_of_what_is_closed_over_now():
+    """It was that of the first call for ever: a hidden jit baked the closure in."""
+    layer, v0 = Changing(W), jnp.ones(2)
+    norm = float(np.linalg.norm(W, 2))
+    closure = lambda x: layer.factor * (layer.parts[0] @ x)  # noqa: E731
+    matvecs = {
+        "method": layer.whole, "mutated list": layer.first, "closure": closure,
+        "partial": partial(Changing.whole, layer), "Partial": jax.tree_util.Partial(layer.whole),
+    }  # fmt: skip
+
+    def norms():
+        return {name: float(sn_jax.power_iteration(matvec, v0, 30).sigma)
+                for name, matvec in matvecs.items()}  # fmt: skip
+
+    assert norms() == pytest.approx(dict.fromkeys(matvecs, norm))
+    layer.w, layer.parts[0] = 2 * W, 2 * W
+    with count_compilations() as compiled:
+        assert norms() == pytest.approx(dict.fromkeys(matvecs, 2 * norm))
+    assert not compiled, "arrays are arguments of the same program"
+    layer.factor = 3.0
+    expected = dict.fromkeys(matvecs, 6 * norm) | {"mutated list": 2 * norm}
+    assert norms() == pytest.approx(expected)
+    layer.w = np.array(W) ** 2  # and NumPy's, of other values
+    assert norms()["method"] == pytest.approx(3 * np.linalg.norm(layer.w, 2))
+
+
+def test_power_iteration_compiles_once_for_equal_programs():
+    v0, stack = jnp.ones(2), jnp.stack([W, 2 * W])
+
+    def scanned(w, x):
+        return jax.lax.scan(lambda y, w: (y + w @ x, None), jnp.zeros(3), w)[0]
+
+    makers = [
+        lambda w: jax.tree_util.Partial(scanned, w),
+        lambda w: partial(scanned, w),
+        lambda w: lambda x: scanned(w, x),
+    ]
+    sn_jax.power_iteration(makers[0](stack), v0, 5)
+    for i, make in enumerate(makers):
+        w = (i + 2) * stack
+        with count_compilations() as compiled:
+            result = sn_jax.power_iteration(make(w), v0, 5)
+        assert not compiled
+        np.testing.assert_allclose(result.sigma, np.linalg.norm(w.sum(0), 2), rtol=1e-8)
+    # As large, but another program: different axes, a different literal inside.
+    for other in (lambda x: jnp.flip(scanned(stack, x), 0) * 2, lambda x: 2.5 * scanned(stack, x)):
+        expected = np.linalg.norm(jax.jacobian(other)(v0), 2)
+        np.testing.assert_allclose(sn_jax.power_iteration(other, v0, 30).sigma, expected)
+
+
+def test_power_iteration_inside_vmap_and_shard_like_axes():
+    result = jax.vmap(
+        lambda w: sn_jax.power_iteration(lambda x: jax.lax.psum(w @ x, "i"), jnp.ones(2), 30).sigma,
+        axis_name="i",
+    )(jnp.stack([W, 2 * W]))
+    np.testing.assert_allclose(result, 3 * np.linalg.norm(W, 2))
+
+
+def test_power_iteration_compiles_once_for_a_partial():
     matvec = partial(jax.tree_util.Partial, jnp.matmul)
     v0, other = jnp.ones(2), W + 1
     sn_jax.power_iteration(matvec(W), v0, 5)

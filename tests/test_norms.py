@@ -73,6 +73,21 @@ def test_gram_iteration_converges_as_published():
         assert 1 - 4 * (1.0 + upper) ** 2 * max(upper, 1e-6) ** 0.5 < lower <= 1 + rounding
 
 
+@pytest.mark.float32
+def test_gram_iteration_is_no_bracket_in_float32():
+    """Converged, an end is on the wrong side of the norm in about a third of random cases."""
+    rng, missed = np.random.default_rng(0), 0
+    for _ in range(60):
+        w = rng.standard_normal((12, 8)).astype(np.float32)
+        result = gram_iteration(jnp.asarray(w), 12)
+        sigma = np.linalg.norm(w.astype(np.float64), 2)
+        missed += not result.lower <= sigma <= result.upper
+        np.testing.assert_allclose(result, sigma, rtol=1e-5)
+    assert 0 < missed < 60
+    assert type(result) is sn_jax.GramResult
+    assert not isinstance(result, sn_jax.Bounds)
+
+
 def test_gram_iteration_is_differentiable_and_batched():
     w = jnp.asarray(np.random.default_rng(0).standard_normal((3, 5, 4)))
     lower, upper = jax.jit(gram_iteration, static_argnums=1)(w, 8)

@@ -77,6 +77,21 @@ def test_haiku_parameters(hk):
     np.testing.assert_allclose(along, 0, atol=1e-4)  # the loss does not change with W's length
 
 
+def test_haiku_recurrent_and_embedding_names_are_weights(hk):
+    """w_i and w_h of a GRU, and embeddings, were left out."""
+
+    def forward(x):
+        cell = hk.GRU(4)
+        y, _ = cell(hk.Embed(5, 3)(x), cell.initial_state(1))
+        hk.get_parameter("filters", (2, 6), init=jnp.ones)
+        return hk.BatchNorm(True, True, 0.9)(y, is_training=True)
+
+    params, _ = jax.jit(hk.transform_with_state(forward).init)(KEY, jnp.array([1]))
+    with pytest.warns(UserWarning, match=r"leaves alone .*: ~/filters \(2, 6\)\. Give rules"):
+        state = sn_jax.init(params, KEY)
+    assert set(state) == {"gru/w_i", "gru/w_h", "embed/embeddings"}
+
+
 def haiku_sn(hk, tree, n_steps=1, **kwargs):
     """SNParamsTree, which wants its parameters in a transform: (init, apply)."""
     kwargs = {"ignore_regex": ".*/b$", "eps": 1e-12} | kwargs
@@ -158,6 +173,33 @@ def test_equinox_models(eqx):
     assert mlp(conv(jnp.ones((3, 5, 5))).mean((1, 2))).shape == (4,)
     whole, _ = sn_jax.spectral_normalize(model, state)
     assert jax.tree.structure(whole) == jax.tree.structure(model), "functions among the leaves"
+
+
+def test_equinox_recurrent_weights_are_weights_and_scales_are_not(eqx):
+    """GRUCell's weight_ih and weight_hh were left out, and LayerNorm((8, 8)) was normalized."""
+    model = {
+        "cell": eqx.nn.GRUCell(3, 4, key=KEY),
+        "norms": (eqx.nn.LayerNorm((8, 8)), eqx.nn.RMSNorm((8, 8), use_bias=False),
+                  eqx.nn.GroupNorm(2, 8), eqx.nn.LayerNorm((8, 8), use_bias=False)),
+        "stack": eqx.filter_vmap(lambda _: eqx.nn.RMSNorm(8, use_bias=False))(jnp.arange(5)),
+        "stacked": eqx.filter_vmap(lambda _: eqx.nn.LayerNorm(8))(jnp.arange(5)),
+    }  # fmt: skip
+    assert list(sn_jax.init(model, KEY)) == ["cell/weight_ih", "cell/weight_hh"]
+
+
+def test_more_than_two_axes_of_weight_are_output_first_in_equinox_convolutions_only(eqx):
+    for n, layer in enumerate((eqx.nn.Conv1d, eqx.nn.Conv2d, eqx.nn.ConvTranspose3d), 1):
+        (state,) = sn_jax.init({"a": [layer(3, 4, 3, key=KEY)]}, KEY).values()
+        assert state.view == Matrix(tuple(range(1, n + 2)), 0)
+    weight = eqx.nn.Conv2d(3, 4, 3, key=KEY).weight
+    ensemble = eqx.filter_vmap(lambda key: eqx.nn.Linear(3, 4, key=key))(jax.random.split(KEY, 5))
+    for params, shape in (({"weight": weight}, r"\(4, 3, 3, 3\)"), (ensemble, r"\(5, 4, 3\)")):
+        with pytest.raises(ValueError, match=rf"weight of shape {shape}.*PyTorch"):
+            sn_jax.init(params, KEY)
+    state = sn_jax.init(ensemble, KEY, {"weight": Matrix()}, warmup=200)
+    np.testing.assert_allclose(
+        state["weight"].sigma, np.linalg.norm(ensemble.weight, 2, (1, 2)), rtol=1e-5
+    )
 
 
 def equinox_sn(eqx, layer, key=KEY):

@@ -58,6 +58,17 @@ def test_modules_there_and_back(api, dtype):
     assert float(difference.abs().max()) <= (1e-5 if dtype == torch.float64 else 0)
 
 
+@pytest.mark.parametrize("api", APIS)
+def test_training_on_does_not_change_what_was_converted(api):
+    source, _ = cases(APIS[api])["network"]
+    params, state = from_torch(source.state_dict(), template_of("network"), CASES["network"][2])
+    before = jax.tree.map(np.array, (params, state))
+    with torch.no_grad():
+        for x in (*source.parameters(), *source.buffers()):
+            x.fill_(7)
+    jax.tree.map(np.testing.assert_array_equal, (params, state), before)
+
+
 @pytest.mark.parametrize("transpose_kernel", [False, True])
 @pytest.mark.parametrize("dilation", [1, 2])
 @pytest.mark.parametrize(("stride", "padding", "extra"), [(1, 0, 0), (2, 1, 1), (3, 2, 0)])

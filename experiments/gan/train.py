@@ -10,6 +10,7 @@ from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -285,7 +286,8 @@ class State(NamedTuple):
     d_method: Any  # of the discriminator's normalization: u, v and sigma of every layer for SN
 
 
-class Hyper(NamedTuple):
+@chex.dataclass(frozen=True)
+class Hyper:
     """Numbers that are traced: runs that differ only in them share their compiled functions."""
 
     learning_rate: Array
@@ -335,7 +337,9 @@ def make_training(
         strength=strength or 0.0,
         ema=config.ema or 0.0,
     )
-    hyper = Hyper(*(np.asarray(x, np.int32 if isinstance(x, int) else np.float32) for x in hyper))
+    hyper = jax.tree.map(
+        lambda x: np.asarray(x, np.int32 if isinstance(x, int) else np.float32), hyper
+    )
 
     def step(state, data):
         *first, last = (np.int32(i) for i in range(adam.n_dis))
