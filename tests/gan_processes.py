@@ -15,6 +15,7 @@ config = Config(
     out=Path(out),
     mesh=mesh if mesh != "-" else None,
     seed=int(seed),
+    size=4,  # a network of one stage, which traces and compiles fast
     width=4,
     batch_size=8,
     steps=int(steps),
