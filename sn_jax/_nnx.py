@@ -4,7 +4,6 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
-import numpy as np
 from flax import nnx
 
 
@@ -104,26 +103,6 @@ def _is_node(x: Any) -> bool:
 
 def _same(a, b) -> bool:
     return a[1] == b[1] and all(x is y for x, y in zip(a[0], b[0], strict=True))
-
-
-class Frozen:
-    """A NumPy array as a constant: hashed and compared by value, no array to JAX."""
-
-    def __init__(self, array: np.ndarray):
-        self.array = np.array(array)
-        bytes_ = b"" if self.array.dtype.hasobject else self.array.tobytes()
-        self._hash = hash((self.array.shape, str(self.array.dtype), bytes_))
-
-    def __hash__(self):
-        return self._hash
-
-    def __eq__(self, other):
-        return (
-            isinstance(other, Frozen)
-            and self.array.dtype == other.array.dtype
-            and self.array.shape == other.array.shape
-            and self.array.tobytes() == other.array.tobytes()
-        )
 
 
 class HashableDict(dict):

@@ -17,7 +17,6 @@ from flax.nnx.nn.dtypes import promote_dtype
 
 from sn_jax import _core, _flax, _trace
 from sn_jax._nnx import (
-    Frozen,
     HashableDict,
     Stats,
     Twin,
@@ -26,7 +25,7 @@ from sn_jax._nnx import (
     name_of,
     with_array,
 )
-from sn_jax._views import Matrix, Scaled, View
+from sn_jax._views import Matrix, Scaled, Values, View
 
 ConvView = Literal["reshape", "operator"]
 Method = str | Callable[..., Any]
@@ -123,7 +122,7 @@ def _uses(graphdef, state, args, kwargs, conv, method, *, constants: bool):
       args, kwargs: of the call.
       conv: as in ``views``.
       constants: whether arrays that are no parameters (masks, statistics) keep their values; those
-        that are Frozen do in any case.
+        that are Values do in any case.
     """
     variables = {name_of(path): (path, v) for path, v in nnx.to_flat_state(state)}
     leaves = {name: array_of(v) for name, (_, v) in variables.items() if isinstance(v, nnx.Param)}
@@ -138,7 +137,7 @@ def _uses(graphdef, state, args, kwargs, conv, method, *, constants: bool):
         arrays, known = traced
         (unknown,) = rebuild_others(known)
         values = {**others, **unknown, **leaves}
-        values = {name: w.array if isinstance(w, Frozen) else w for name, w in values.items()}
+        values = {name: w.array if isinstance(w, Values) else w for name, w in values.items()}
         flat = [(path, with_array(v, values[name])) for name, (path, v) in variables.items()]
         flat = [(path, _told(v) if name_of(path) in weights else v) for path, v in flat]
         model = nnx.merge(graphdef, nnx.from_flat_state(flat))
@@ -312,8 +311,8 @@ class _Options:
     def bounds(self) -> Mapping[str, Any]:
         bound = self.bound
         if isinstance(bound, Mapping):
-            bound = {path: b.array if isinstance(b, Frozen) else b for path, b in bound.items()}
-        bound = bound.array if isinstance(bound, Frozen) else bound
+            bound = {path: b.array if isinstance(b, Values) else b for path, b in bound.items()}
+        bound = bound.array if isinstance(bound, Values) else bound
         return _core.bounds_by_path(bound, dict(self.views))
 
 
@@ -324,7 +323,7 @@ _OWN = {"layer_instance", "batch_stats", "scales", "use_running_average", "_opti
 
 
 def _frozen_bound(bound: Any) -> Any:
-    """A bound that can be hashed: numbers as floats, arrays Frozen."""
+    """A bound that can be hashed: numbers as floats, arrays Values."""
     if isinstance(bound, Mapping):
         return HashableDict({path: _frozen_bound(b) for path, b in bound.items()})
     if isinstance(bound, jax.core.Tracer):
@@ -333,7 +332,7 @@ def _frozen_bound(bound: Any) -> Any:
             "sn_jax.spectral_normalize, which takes a traced one."
         )
     if isinstance(bound, jax.Array | np.ndarray | np.generic):
-        return bound.item() if np.ndim(bound) == 0 else Frozen(np.asarray(bound))
+        return bound.item() if np.ndim(bound) == 0 else Values(np.asarray(bound))
     return bound
 
 
@@ -598,7 +597,7 @@ class SpectralNorm(nnx.Module):
             baking[id(layer)] = _flax.Resolved({**before.views, **seen.views}, {})
             return seen
         # NumPy attributes are constants, as Python code of the layer may read them.
-        state = nnx.from_flat_state([(path, Frozen(v) if isinstance(v, np.ndarray) else v)
+        state = nnx.from_flat_state([(path, Values(v) if isinstance(v, np.ndarray) else v)
                                      for path, v in nnx.to_flat_state(state)])  # fmt: skip
         leaves, treedef = jax.tree.flatten((state, args, kwargs))
         types = tuple(jax.typeof(x) if isinstance(x, jax.Array | np.ndarray) else x for x in leaves)
