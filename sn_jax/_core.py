@@ -798,7 +798,10 @@ def _raise_changed(path, w, view, name, expected, got):
     )
 
 
-def bounds_by_path(bound: Bound, state: State) -> Mapping[str, float | Array]:
+def bounds_by_path(
+    bound: Bound, state: Mapping[str, Singular | None]
+) -> Mapping[str, float | Array]:
+    """A bound for each path; checked against the shape of its norms where the entry is given."""
     bounds = bound if isinstance(bound, Mapping) else dict.fromkeys(state, bound)
     if bounds.keys() != state.keys():
         missing = sorted(state.keys() - bounds.keys())
@@ -814,7 +817,7 @@ def bounds_by_path(bound: Bound, state: State) -> Mapping[str, float | Array]:
     return {path: _checked_bound(path, value, state[path]) for path, value in bounds.items()}
 
 
-def _checked_bound(path: str, value: Any, singular: Singular) -> Any:
+def _checked_bound(path: str, value: Any, singular: Singular | None) -> Any:
     known = not isinstance(value, jax.core.Tracer)
     number = np.asarray(value) if known else value
     numeric = (jnp.floating, jnp.integer)
@@ -827,7 +830,7 @@ def _checked_bound(path: str, value: Any, singular: Singular) -> Any:
         raise ValueError(
             f"bound for {shown(path)} must be a positive, finite number; got {number}."
         )
-    norms = singular.sigma.shape
+    norms = number.shape if singular is None else singular.sigma.shape
     if number.shape not in ((), norms):
         raise ValueError(
             f"bound for {shown(path)} has shape {number.shape}, but its norms have {norms}: give "

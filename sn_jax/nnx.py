@@ -313,7 +313,7 @@ class _Options:
         if isinstance(bound, Mapping):
             bound = {path: b.array if isinstance(b, Values) else b for path, b in bound.items()}
         bound = bound.array if isinstance(bound, Values) else bound
-        return _core.bounds_by_path(bound, dict(self.views))
+        return _core.bounds_by_path(bound, dict.fromkeys(dict(self.views)))
 
 
 _OPTIONS = frozenset(field.name for field in fields(_Options))
