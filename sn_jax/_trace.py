@@ -154,9 +154,13 @@ def _walk(jaxpr: Jaxpr, sources: list[_Source], shapes, found) -> list[_Source]:
             gone = eqn.params["dimensions"]
             outputs = [(first[0], tuple(a for i, a in enumerate(first[1]) if i not in gone))]
         elif name == "scan":
-            carried = eqn.params["num_consts"] + eqn.params["num_carry"]
-            sliced = [s and (s[0], s[1][1:]) for s in inputs[carried:]]
-            _walk(eqn.params["jaxpr"].jaxpr, inputs[:carried] + sliced, shapes, found)
+            # What is scanned over comes in without its first axis, the rest as it is; the
+            # parameters that say how many there are of each were renamed in jax 0.11.
+            body = eqn.params["jaxpr"].jaxpr
+            ranks = [var.aval.ndim for var in body.invars]
+            inside = [s and (s[0], s[1][len(s[1]) - rank :])
+                      for s, rank in zip(inputs, ranks, strict=True)]  # fmt: skip
+            _walk(body, inside, shapes, found)
         elif name == "while":
             n_cond, n_body = eqn.params["cond_nconsts"], eqn.params["body_nconsts"]
             carry = inputs[n_cond + n_body :]
