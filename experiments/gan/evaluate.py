@@ -11,7 +11,7 @@ import optax
 from flax import linen as nn
 from jax import Array
 
-from experiments.gan.train import LATENT, State, Training, scaled
+from experiments.gan.train import LATENT, State, Training, runs_once, scaled
 from experiments.metrics.distances import frechet_distance
 
 N_SAMPLES = 2000
@@ -53,7 +53,7 @@ def train_classifier(images: np.ndarray, labels: np.ndarray) -> Judge:
     n_steps = min(15 * n_batches, 1000)
     adam = optax.adam(optax.cosine_decay_schedule(2e-3, n_steps))
 
-    @partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})  # it runs once
+    @partial(jax.jit, compiler_options=runs_once())
     def init(x):
         params = classifier.init(jax.random.key(0), x)["params"]
         return params, adam.init(params)

@@ -317,6 +317,11 @@ class Training(NamedTuple):
     """The discriminator's estimates of sigma(W), and its normalized kernels, by path."""
 
 
+def runs_once() -> dict[str, int] | None:
+    """Compiler options of a program that is not worth being optimized."""
+    return {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
+
+
 def scaled(images: Array, dtype=jnp.float32) -> Array:
     """From uint8 to [-1, 1], the generator's range."""
     return images.astype(dtype) / 127.5 - 1
@@ -438,8 +443,8 @@ def compiled(program: Program) -> _Functions:
 
     adam_init = optax.scale_by_adam().init  # the same for all b1 and b2
 
-    # It runs once: the time goes into compiling its random numbers, not into drawing them.
-    @partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+    # It runs once: a CPU's time goes into compiling its random numbers, not into drawing them.
+    @partial(jax.jit, compiler_options=runs_once())
     def init(hyper, key):
         key, g_key, d_key, method_key = jax.random.split(key, 4)
         labels = jnp.zeros((1,), jnp.int32)

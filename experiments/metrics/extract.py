@@ -139,12 +139,20 @@ class _Network:
         self._batch = 16 if jax.default_backend() == "cpu" else _CHUNK
 
     def __call__(self, images: np.ndarray, bar: tqdm) -> np.ndarray:
-        done = []
-        for start in range(0, len(images), self._batch):
+        done, start = [], 0
+        while start < len(images):
             batch = images[start : start + self._batch]
             padding = [(0, self._batch - len(batch)), (0, 0), (0, 0), (0, 0)]
             padded = np.pad(batch, padding)  # one shape, one compilation
-            done.append(np.asarray(self._embed(self._params, padded))[: len(batch)])
+            try:
+                found = np.asarray(self._embed(self._params, padded))
+            except jax.errors.JaxRuntimeError as error:
+                if "RESOURCE_EXHAUSTED" not in str(error) or self._batch == 1:
+                    raise
+                self._batch //= 2  # an image's features do not depend on the others
+                continue
+            done.append(found[: len(batch)])
+            start += len(batch)
             bar.update(len(batch))
         return np.concatenate(done)
 
