@@ -48,7 +48,8 @@ def _needed(*extras: str) -> set[str]:
         for text in importlib.metadata.requires(name) or ():
             requirement = Requirement(text)
             if requirement.marker is None or requirement.marker.evaluate({"extra": extra}):
-                todo += [(requirement.name, e) for e in ("", *requirement.extras)]
+                needed = canonicalize_name(requirement.name)
+                todo += [(needed, e) for e in ("", *requirement.extras)]
     return pure
 
 
