@@ -3,10 +3,12 @@
 No times here. The programs are XLA's for CPUs, read as text.
 """
 
+import importlib
 import inspect
 import json
 import math
 import re
+import sys
 from functools import partial
 from typing import get_args
 
@@ -18,10 +20,10 @@ from helpers import count_compilations
 
 import sn_jax
 from experiments.bench import __main__ as bench
-from experiments.bench import comm, plots, scaling, tracking, transform, trees
+from experiments.bench import comm, gan, plots, scaling, step, tracking, transform, trees
 from experiments.bench import compile as compile_suite
 from experiments.bench.timing import Elsewhere, Row, compare, interleaved
-from experiments.bench.torch_client import torch_client
+from experiments.bench.torch_client import TorchFailed, torch_client
 from sn_jax import Matrix
 
 pytestmark = pytest.mark.float32
@@ -156,6 +158,60 @@ def test_without_torch(monkeypatch, capsys):
         with torch_client() as client:
             assert client is None
         assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_torch_that_fails_is_left_out(monkeypatch, capsys, tmp_path):
+    """A torch that can do nothing: each failure is said in one line, and the rest goes on."""
+    (tmp_path / "torch.py").write_text(
+        "__version__ = '0'\nset_num_threads = float\n"
+        "def from_numpy(x):\n    raise RuntimeError('no memory\\nand more')\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setenv("SN_BENCH_TORCH_PYTHON", sys.executable)
+    with torch_client() as client:
+        assert client.version == "0"
+        for _ in range(2):
+            with pytest.raises(TorchFailed, match=r"^RuntimeError: no memory$"):
+                client.ask("gan", "eager", False, 8, 64, np.zeros((8, 8, 8, 3), np.uint8))
+        client._process.kill()
+        client._process.wait()
+        with pytest.raises(TorchFailed, match="its process has ended"):
+            client.ask("forward", "hook")
+    monkeypatch.setattr(gan, "interleaved", lambda calls, rounds: {k: np.ones(3) for k in calls})
+    monkeypatch.setattr(gan, "Engine", lambda *args: None)
+    (rows,) = gan.rows(quick=True)
+    assert {row.peer_name for row in rows if row.ratio} == {"no SN"}
+    said = capsys.readouterr().err.splitlines()
+    assert said == [f"torch {kind} is left out: RuntimeError: no memory"
+                    for kind in ("eager", "compiled")]  # fmt: skip
+
+
+def test_peers_that_are_not_installed(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name == "flax" or None)
+    with monkeypatch.context() as patch:
+        patch.delitem(sys.modules, "experiments.bench.peers")
+        fresh = importlib.import_module("experiments.bench.peers")
+        assert list(fresh.JAX_PEERS) == ["flax.linen", "flax.nnx"]
+
+
+def test_times_of_a_step(monkeypatch):
+    """What is added in per cent, and every way in milliseconds."""
+    seconds = {"plain": np.full(3, 0.010), "ours": np.full(3, 0.011), "flax": np.full(3, 0.012)}
+    monkeypatch.setattr(step, "train_step", lambda model, x: None)
+    monkeypatch.setattr(step, "interleaved", lambda calls, rounds: seconds)
+
+    def model(wrap):
+        return None
+
+    added, *times = step.added("case", model, None, target=1.0)
+    assert (added.metric, added.ratio) == ("% added", pytest.approx(0.5))
+    assert [(row.peer_name, row.metric) for row in times] == [("no SN", "ms"), ("flax.linen", "ms")]
+    assert [row.ours for row in times] == pytest.approx([11.0, 11.0])
+    assert [row.peer for row in times] == pytest.approx([10.0, 12.0])
+    assert all(row.target is None for row in times)
+    times = step.added("case", model, None, None, most=1.03)
+    assert [row.target for row in times] == [1.03, None]
+    assert times[0].met is False
 
 
 # Data.

@@ -19,7 +19,7 @@ import pytest
 from PIL import Image
 
 from experiments.cli import UserError
-from experiments.data import default_data_dir, load
+from experiments.data import default_data_dir, load, parts
 from experiments.data.__main__ import main
 from experiments.data.fetch import Archive, Mirror
 from experiments.data.official import SOURCES
@@ -282,6 +282,83 @@ def test_a_folder_that_cannot_be_used(tmp_path):
     assert (tmp_path / "file").read_text() == "mine"
     (tmp_path / "cifar-10-batches-bin" / "data_batch_1.bin").mkdir(parents=True)
     assert "data_batch_1.bin" in refused("cifar10", tmp_path, sources=small("http://127.0.0.1:9/"))
+
+
+# --- Parts ------------------------------------------------------------------------------------
+
+NOWHERE = "http://127.0.0.1:9/"
+OTHER = RNG.bytes(4 * 70_000 + 3)  # numbers, and what is no whole one
+
+
+@pytest.fixture
+def packed(tmp_path):
+    """Three parts of CIFAR-10 and of another file, which is in the last."""
+    found = parts.write(FOLDER | {"other/numbers.pt": OTHER}, tmp_path, limit=560_000)
+    assert [path.name for path in found] == [f"sn-data-{i}-of-3.zip" for i in (1, 2, 3)]
+    return found
+
+
+def test_parts_give_the_files_back(packed, tmp_path):
+    assert all(path.stat().st_size <= 560_000 for path in packed)
+    check(tmp_path, small(NOWHERE))
+    assert dict(parts.read(tmp_path, ["other/numbers.pt"])) == {"numbers.pt": OTHER}
+    assert list(parts.read(tmp_path, ["other/unknown.pt"])) == []
+    packed[0].unlink()  # what is unpacked needs them no more
+    check(tmp_path, small(NOWHERE))
+
+
+def test_parts_of_real_numbers_and_images_are_small(tmp_path):
+    """Smooth images and float32 weights, of which a byte in four says little."""
+    y, x = np.mgrid[:32, :32]
+    images = np.broadcast_to((4 * x + 3 * y).astype(np.uint8), (700, 3, 32, 32))
+    rows = np.column_stack([np.zeros(700, np.uint8), images.reshape(700, -1)]).tobytes()
+    numbers = RNG.standard_normal(300_000).astype(np.float32).tobytes()
+    sizes = {}
+    for name, content in {"rows.bin": rows, "numbers.pt": numbers}.items():
+        (part,) = parts.write({name: content}, tmp_path / name)
+        sizes[name] = part.stat().st_size / len(content)
+        assert dict(parts.read(tmp_path / name, [name])) == {name: content}
+    assert sizes["rows.bin"] < 0.05
+    assert sizes["numbers.pt"] < 0.92  # 0.95 as it comes
+
+
+def test_parts_that_are_not_there_yet(packed, tmp_path):
+    """Files are there as soon as their parts are; what is missing is named, no site is asked."""
+    contents = {path: path.read_bytes() for path in packed}
+    for path in packed[1:]:
+        path.unlink()
+    line = refused("cifar10", tmp_path, sources=small(NOWHERE))
+    wanted = "sn-data-2-of-3.zip and sn-data-3-of-3.zip"
+    assert line == f"cifar10 is not complete: {tmp_path} has not {wanted} yet."
+    assert 0 < len(visible(tmp_path)) - 1 < len(FOLDER)
+    packed[1].write_bytes(contents[packed[1]])
+    packed[2].write_bytes(contents[packed[2]])
+    check(tmp_path, small(NOWHERE))
+
+
+@pytest.mark.parametrize("damage", [flipped, lambda content: content[: len(content) // 2]])
+def test_a_damaged_part_is_named(packed, tmp_path, damage):
+    whole = packed[0].read_bytes()
+    packed[0].write_bytes(damage(whole))
+    line = refused("cifar10", tmp_path, sources=small(NOWHERE))
+    assert line == f"cifar10 is not complete: {packed[0]} is damaged: copy it again."
+    packed[0].write_bytes(whole)
+    check(tmp_path, small(NOWHERE))
+
+
+def test_parts_of_different_packs(packed, tmp_path):
+    packed[2].rename(tmp_path / "sn-data-3-of-4.zip")
+    line = refused("cifar10", tmp_path, sources=small(NOWHERE))
+    assert f"{tmp_path} holds parts of different packs: keep those of one." in line
+    # A new pack takes the place of all before.
+    assert len(parts.write(FOLDER, tmp_path)) == 1
+    assert len(list(tmp_path.glob("*.zip"))) == 1
+
+
+def test_parts_of_other_bytes_are_not_used(tmp_path):
+    others = {path: flipped(content) for path, content in FOLDER.items()}
+    parts.write(others, tmp_path)
+    assert "cifar10 cannot be fetched" in refused("cifar10", tmp_path, sources=small(NOWHERE))
 
 
 # --- Mirror packages ------------------------------------------------------------------------

@@ -15,6 +15,7 @@ import pytest
 from fixtures.make_inception_fixtures import SIZES, image, images, random_arrays
 from flax.traverse_util import flatten_dict
 from PIL import Image
+from tqdm import tqdm
 
 from experiments.cli import UserError
 from experiments.data import default_data_dir
@@ -337,6 +338,34 @@ def test_features_are_kept_and_go_on_after_a_kill(network, tmp_path):
     other = FIRST.copy()
     other[0, 0, 0, 0] ^= 1
     assert not np.array_equal(features(other, data_dir=tmp_path, progress=False), whole)
+
+
+def test_batches_are_halved_where_memory_is_short(monkeypatch):
+    """And the features are the same; what is no lack of memory is raised."""
+    sizes = []
+
+    def embed(params, images):
+        sizes.append(len(images))
+        if len(images) > limit:
+            raise jax.errors.JaxRuntimeError(f"{reason}: 10 GB")
+        return images.reshape(len(images), -1)
+
+    monkeypatch.setattr(extract, "inception_params", lambda data_dir: {})
+    network = extract._Network(Path("nowhere"))
+    monkeypatch.setattr(network, "_embed", embed)
+    monkeypatch.setattr(network, "_batch", 64)
+    limit, reason = 20, "RESOURCE_EXHAUSTED: Out of memory"
+    with tqdm(disable=True) as bar:
+        found = network(FIRST[:50], bar)
+        np.testing.assert_array_equal(found, FIRST[:50].reshape(50, -1))
+        assert sizes == [64, 32, 16, 16, 16, 16]
+        limit = 0
+        with pytest.raises(jax.errors.JaxRuntimeError, match="RESOURCE_EXHAUSTED"):
+            network(FIRST[:50], bar)
+        assert sizes[6:] == [16, 8, 4, 2, 1]
+        reason = "INTERNAL"
+        with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL"):
+            network(FIRST[:50], bar)
 
 
 @pytest.mark.parametrize("damage", ["bit", "cut", "other"])

@@ -296,7 +296,7 @@ def report(out: Path, table: dict[str, Stage]) -> str:
     for name in table:
         summary = read_summary(out / name)
         seconds = summary.get("seconds")
-        cells.append([name, summary["state"], "" if seconds is None else f"{seconds / 60:.1f}"])
+        cells.append([name, summary["state"], "-" if seconds is None else f"{seconds / 60:.1f}"])
         headline = summary.get("numbers", {}).get("headline", "")
         notes.append("; ".join(filter(None, [headline, summary.get("why", "")])))
     lines = aligned(cells).splitlines()

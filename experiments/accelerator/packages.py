@@ -20,33 +20,37 @@ def write(folder: Path) -> Path:
     Raises:
       importlib.metadata.PackageNotFoundError: sn_jax is not installed here with its extras.
     """
-    names = _needed("sn_jax", ("experiments", "bench")) - _needed("sn_jax")
     path = folder / NAME
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
-        for name in sorted(names):
-            distribution = importlib.metadata.distribution(name)
-            if "Root-Is-Purelib: true" not in (distribution.read_text("WHEEL") or ""):
-                continue
-            for file in distribution.files or ():
+        for name in sorted(_needed("experiments", "bench") - _needed() - {"sn_jax"}):
+            for file in importlib.metadata.distribution(name).files or ():
                 if ".." not in file.parts and file.suffix != ".pyc":
                     archive.write(file.locate(), str(file))
     return path
 
 
-def _needed(name: str, extras: tuple[str, ...] = ()) -> set[str]:
-    """A distribution, and all that it and its extras need."""
-    from packaging.requirements import Requirement
+def _needed(*extras: str) -> set[str]:
+    """The pure distributions that sn_jax and its extras need.
 
-    found, todo = set(), [(name, extra) for extra in ("", *extras)]
+    Not what only others need: where these are installed, it is too.
+    """
+    from packaging.requirements import Requirement
+    from packaging.utils import canonicalize_name
+
+    pure, seen, todo = set(), set(), [("sn_jax", extra) for extra in ("", *extras)]
     while todo:
         name, extra = one = todo.pop()
-        if one not in found:
-            found.add(one)
-            for text in importlib.metadata.requires(name) or ():
-                requirement = Requirement(text)
-                if requirement.marker is None or requirement.marker.evaluate({"extra": extra}):
-                    todo += [(requirement.name, e) for e in ("", *requirement.extras)]
-    return {name for name, _ in found}
+        wheel = importlib.metadata.distribution(name).read_text("WHEEL") or ""
+        if one in seen or "Root-Is-Purelib: true" not in wheel:
+            continue
+        seen.add(one)
+        pure.add(name)
+        for text in importlib.metadata.requires(name) or ():
+            requirement = Requirement(text)
+            if requirement.marker is None or requirement.marker.evaluate({"extra": extra}):
+                needed = canonicalize_name(requirement.name)
+                todo += [(needed, e) for e in ("", *requirement.extras)]
+    return pure
 
 
 def use(args: list[str]) -> None:

@@ -7,7 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +76,7 @@ def torch_client() -> Iterator[TorchClient | None]:
         print(f"torch is left out: {python}: {error.strerror}", file=sys.stderr)
         yield None
         return
-    with process:
+    with suppress(BrokenPipeError), process:  # it may have ended with a message unread
         try:
             client = TorchClient(process)
         except EOFError:
