@@ -22,7 +22,7 @@ def write(folder: Path) -> Path:
     """
     path = folder / NAME
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
-        for name in sorted(_needed("experiments", "bench") - _needed() - {"sn_jax"}):
+        for name in sorted(_needed("experiments", "bench") - _needed()):
             for file in importlib.metadata.distribution(name).files or ():
                 if ".." not in file.parts and file.suffix != ".pyc":
                     archive.write(file.locate(), str(file))
@@ -37,7 +37,7 @@ def _needed(*extras: str) -> set[str]:
     from packaging.requirements import Requirement
     from packaging.utils import canonicalize_name
 
-    pure, seen, todo = set(), set(), [("sn_jax", extra) for extra in ("", *extras)]
+    pure, seen, todo = set(), set(), [("sn-jax", extra) for extra in ("", *extras)]
     while todo:
         name, extra = one = todo.pop()
         wheel = importlib.metadata.distribution(name).read_text("WHEEL") or ""
