@@ -393,6 +393,7 @@ def load_state(
       ValueError: paths or shapes of the two do not fit.
 
     Example:
+      >>> import sn_jax
       >>> model, x = SpectralNorm(nn.Dense(4)), jnp.ones((2, 3))
       >>> variables = model.init(jax.random.key(0), x)
       >>> params = {"kernel": jnp.ones((3, 4)), "bias": jnp.zeros(4)}

@@ -132,7 +132,7 @@ def by_options(params, state, steps, rtol, bound):
     product = partial(jnp.einsum, "eio,ei->eo", out_sharding=jax.typeof(state["w"].sigma).sharding)
 
     def project(exact):
-        options = {"n_steps": steps, "bound": bound, "exact": exact}
+        options = {"bound": bound, "exact": exact} | ({} if exact else {"n_steps": steps})
         optimizer = sn_jax.transforms.project_spectral_norm(rules, KEY, **options)
         return optimizer.update(params, optimizer.init(params), params)
 
