@@ -17,7 +17,6 @@ from jax import Array, lax
 from jax.tree_util import (
     DictKey,
     GetAttrKey,
-    SequenceKey,
     keystr,
     register_dataclass,
     tree_flatten_with_path,
@@ -718,13 +717,14 @@ def _owner(params: Params, keys: tuple) -> Any:
     if not keys or not isinstance(keys[-1], GetAttrKey):
         return None
     node = params
-    for key in keys[:-1]:
-        if isinstance(key, GetAttrKey):
-            node = getattr(node, key.name)
-        elif isinstance(key, DictKey | SequenceKey):
-            node = node[key.key if isinstance(key, DictKey) else key.idx]
-        else:
-            return None
+    try:
+        for key in keys[:-1]:
+            if isinstance(key, GetAttrKey):
+                node = getattr(node, key.name)
+            else:
+                node = node[key.key if isinstance(key, DictKey) else key.idx]
+    except (AttributeError, LookupError, TypeError):  # a container of other keys
+        return None
     return node
 
 
