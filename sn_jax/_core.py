@@ -567,7 +567,8 @@ def _checked_rules(rules, leaves):
     if rules is not None and not isinstance(rules, Mapping):
         raise TypeError(
             f"rules must be a mapping of regular expressions on paths to views, such as "
-            f"{{r'.*kernel': sn_jax.Matrix()}}; got {kind_of(rules)}."
+            f"{{r'.*kernel': sn_jax.Matrix()}} or the result of sn_jax.linen.views or "
+            f"sn_jax.nnx.views; got {kind_of(rules)}."
         )
     checked = []
     for pattern, view in (rules or {}).items():

@@ -189,6 +189,14 @@ TYPE_ERRORS = {
     "a list of rules": (lambda: init([Matrix()]), ["a list", "{r'.*kernel': sn_jax.Matrix()}"]),
     "a view for rules": (lambda: init(Matrix()), ["a Matrix", "{r'.*kernel'"]),
     "a function for rules": (lambda: init(lambda path, w: Matrix()), ["function", "{r'.*kernel'"]),
+    "an input for rules": (
+        lambda: sn_jax.nnx.wrap(nnx_block(), X, rngs=nnx.Rngs(0)),
+        ["an array of float32 with shape (1, 3)", "{r'.*kernel'", "sn_jax.nnx.views"],
+    ),
+    "a class in a wrapper": (
+        lambda: linen_wrapper(nn.Dense(4), rules={"kernel": Matrix}),
+        ["rule 'kernel'", "class Matrix", "Matrix()"],
+    ),
     "a number for a rule": (lambda: init({0: Matrix()}), ["rule 0", "strings"]),
     "a state for rules": (lambda: init(init()), ["a Singular", ".view is Matrix"]),
     "rules and key swapped": (
