@@ -17,7 +17,6 @@ from jax import Array, lax
 from jax.tree_util import (
     DictKey,
     GetAttrKey,
-    SequenceKey,
     keystr,
     register_dataclass,
     tree_flatten_with_path,
@@ -577,7 +576,8 @@ def _checked_rules(rules, leaves):
     if rules is not None and not isinstance(rules, Mapping):
         raise TypeError(
             f"rules must be a mapping of regular expressions on paths to views, such as "
-            f"{{r'.*kernel': sn_jax.Matrix()}}; got {kind_of(rules)}."
+            f"{{r'.*kernel': sn_jax.Matrix()}} or the result of sn_jax.linen.views or "
+            f"sn_jax.nnx.views; got {kind_of(rules)}."
         )
     checked = []
     for pattern, view in (rules or {}).items():
@@ -692,13 +692,14 @@ def _owner(params: Params, keys: tuple) -> Any:
     if not keys or not isinstance(keys[-1], GetAttrKey):
         return None
     node = params
-    for key in keys[:-1]:
-        if isinstance(key, GetAttrKey):
-            node = getattr(node, key.name)
-        elif isinstance(key, DictKey | SequenceKey):
-            node = node[key.key if isinstance(key, DictKey) else key.idx]
-        else:
-            return None
+    try:
+        for key in keys[:-1]:
+            if isinstance(key, GetAttrKey):
+                node = getattr(node, key.name)
+            else:
+                node = node[key.key if isinstance(key, DictKey) else key.idx]
+    except (AttributeError, LookupError, TypeError):  # a container of other keys
+        return None
     return node
 
 

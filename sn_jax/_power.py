@@ -17,7 +17,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
-from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 
 from sn_jax import _sharding
 
@@ -145,7 +144,7 @@ class _Program:
     ``power_iteration`` traces its function anew.
     """
 
-    def __init__(self, jaxpr: Jaxpr):
+    def __init__(self, jaxpr: Any):
         self._jaxpr, self._structure = jaxpr, _structure(jaxpr)
 
     def __call__(self, closed_over: list[Array], x: Array) -> Array:
@@ -165,6 +164,9 @@ def _structure(x: Any) -> Any:
     Equal forms compute equally; whatever is not understood is compared by identity, and lives as
     long as the program that holds it.
     """
+    # Here, as it loads Pallas and more, which would be half of the time to import sn_jax.
+    from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
+
     if isinstance(x, ClosedJaxpr):
         return _structure(x.jaxpr), tuple(map(id, x.consts))
     if isinstance(x, Jaxpr):
@@ -415,9 +417,9 @@ def _unit_and_length(x: Array, fallback: Array | float, lead: int) -> tuple[Arra
     first = jnp.where(peak > 1, 2.0**-8, 1.0).astype(x.dtype)
     scale = 1 / (peak * first)
     x_scaled = (x * _expand(first, x)) * _expand(scale, x)
-    # NaN, so not > 0, where x is zero or not finite.
+    # NaN or inf where x is zero, subnormal or not finite; else at least 1.
     square = jnp.sum(x_scaled * x_scaled, axes)
-    usable = square > 0
+    usable = (square > 0) & (square < jnp.inf)
     x = jnp.where(_expand(usable, x), x_scaled * _expand(lax.rsqrt(square), x), fallback)
     length = peak * jnp.sqrt(square)
     return x, jnp.where(usable, length, jnp.where(peak < 1, 0.0, jnp.nan))

@@ -14,9 +14,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import fields, is_dataclass, replace
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import export
 
 from sn_jax._views import Conv, Linear, Matrix, Scaled, Values, View
 
@@ -58,7 +58,7 @@ def register(singular: type) -> None:
     """Make ``jax.export`` know the entries of a state."""
     with contextlib.suppress(ValueError):  # that a reloaded module has registered it before
         # The aux data of a dataclass are its static fields.
-        jax.export.register_pytree_node_serialization(
+        export.register_pytree_node_serialization(
             singular,
             serialized_name="sn_jax.Singular",
             serialize_auxdata=lambda static: view_to_bytes(*static),
@@ -70,9 +70,7 @@ def register(singular: type) -> None:
 def register_namedtuple(kind: type) -> None:
     """The same for a result."""
     with contextlib.suppress(ValueError):
-        jax.export.register_namedtuple_serialization(
-            kind, serialized_name=f"sn_jax.{kind.__name__}"
-        )
+        export.register_namedtuple_serialization(kind, serialized_name=f"sn_jax.{kind.__name__}")
 
 
 def register_with_flax(singular: type) -> None:

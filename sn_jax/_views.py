@@ -10,7 +10,7 @@ from typing import Any, Protocol, runtime_checkable
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array, lax
+from jax import Array, export, lax
 from jax.sharding import PartitionSpec
 
 from sn_jax import _sharding
@@ -260,7 +260,7 @@ class Conv:
         n = len(size)
         if not 1 <= n <= 3:
             raise ValueError(f"Conv(input_shape={size}): give one to three spatial sizes.")
-        if any(map(jax.export.is_symbolic_dim, size)):
+        if any(map(export.is_symbolic_dim, size)):
             raise ValueError(
                 f"Conv(input_shape={size}): a convolution has another norm at each size, so no "
                 "symbolic one; export it at fixed sizes, or take the flattened kernel, "

@@ -61,7 +61,7 @@ def test_experiments_and_tests_use_public_names_only():
             assert not private, f"{path}: {private}"
 
 
-HEAVY = ("scipy", "chex", "flax", "optax", "torch")
+HEAVY = ("scipy", "chex", "flax", "optax", "torch", "jax.extend")
 
 
 def loaded_by(code: str) -> list[str]:

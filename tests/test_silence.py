@@ -5,6 +5,7 @@ import re
 import warnings
 from dataclasses import replace
 
+import chex
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -188,6 +189,14 @@ TYPE_ERRORS = {
     "a list of rules": (lambda: init([Matrix()]), ["a list", "{r'.*kernel': sn_jax.Matrix()}"]),
     "a view for rules": (lambda: init(Matrix()), ["a Matrix", "{r'.*kernel'"]),
     "a function for rules": (lambda: init(lambda path, w: Matrix()), ["function", "{r'.*kernel'"]),
+    "an input for rules": (
+        lambda: sn_jax.nnx.wrap(nnx_block(), X, rngs=nnx.Rngs(0)),
+        ["an array of float32 with shape (1, 3)", "{r'.*kernel'", "sn_jax.nnx.views"],
+    ),
+    "a class in a wrapper": (
+        lambda: linen_wrapper(nn.Dense(4), rules={"kernel": Matrix}),
+        ["rule 'kernel'", "class Matrix", "Matrix()"],
+    ),
     "a number for a rule": (lambda: init({0: Matrix()}), ["rule 0", "strings"]),
     "a state for rules": (lambda: init(init()), ["a Singular", ".view is Matrix"]),
     "rules and key swapped": (
@@ -348,6 +357,15 @@ def test_norms_too_large_to_invert_are_nan_in_training_and_in_eval(diagonal):
     expected = 1.0 if max(diagonal) < 8.5e37 else np.nan  # 1 / sigma is subnormal from there on
     np.testing.assert_allclose(results, expected, rtol=1e-6)
     np.testing.assert_allclose(sn_jax.spectral_norms(params, state)["w"], max(diagonal), rtol=1e-6)
+
+
+@pytest.mark.parametrize("n_vectors", [1, 2])
+def test_subnormal_weights_are_zero_and_leave_usable_vectors(n_vectors):
+    w = np.random.default_rng(0).standard_normal((4, 3)).astype(np.float32)
+    state = init(MATRIX, {"w": jnp.asarray(w * np.float32(1e-42))}, n_vectors=n_vectors)
+    chex.assert_tree_all_finite(state)
+    _, state = sn_jax.spectral_normalize({"w": w}, state, n_steps=60)
+    np.testing.assert_allclose(state["w"].sigma, np.linalg.norm(w, 2), rtol=1e-5)
 
 
 # The projection.
