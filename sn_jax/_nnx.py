@@ -6,6 +6,8 @@ from typing import Any
 import jax
 from flax import nnx
 
+from sn_jax._views import kind_of
+
 
 def name_of(path: tuple) -> str:
     return "/".join(map(str, path))
@@ -29,9 +31,7 @@ def described(x: Any) -> str:
     """For errors: what somebody gave in place of something else."""
     if isinstance(x, type):
         return f"the class {x.__name__}"
-    if hasattr(x, "shape") and hasattr(x, "dtype"):
-        return f"an array of shape {tuple(x.shape)}"
-    return repr(x)
+    return kind_of(x) if hasattr(x, "dtype") else repr(x)
 
 
 class Twin:

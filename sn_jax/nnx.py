@@ -417,8 +417,8 @@ class SpectralNorm(nnx.Module):
         what = f"SpectralNorm around {type(layer_instance).__name__}"
         if not isinstance(rules, Mapping | None):
             raise TypeError(
-                f"{what}: rules map paths to views, as sn_jax.nnx.views(model, x) returns them; "
-                f"got {described(rules)}."
+                f"{what}: rules map paths to views, such as {{r'.*kernel': sn_jax.Matrix()}}, as "
+                f"sn_jax.nnx.views(model, x) returns them; got {described(rules)}."
             )
         if stateless and store_v:
             raise ValueError(

@@ -28,7 +28,7 @@ LAYERS = {
     "_trace": {"_views"},
     "_flax": {"_views", "_core", "_trace"},
     "linen": {"_views", "_core", "_trace", "_flax"},
-    "_nnx": set(),
+    "_nnx": {"_views"},
     "nnx": {"_views", "_core", "_trace", "_flax", "_nnx"},
     "transforms": {"_views", "_power", "_serial", "_sharding", "_core"},
     "convert": {"_views", "_power", "_core", "_serial"},
