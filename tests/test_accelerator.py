@@ -511,10 +511,10 @@ def test_packages_are_found_after_those_that_are_there(tmp_path):
         "import tyro, tensorboardX.summary, pooch, importlib.metadata as m; "
         "print(tyro.__file__, m.version('tyro'))"
     )
-    # What they need in turn and is not pure stays to be installed.
+    # What they need in turn and is not pure, or the library needs too, stays to be installed.
     site = [p for p in sys.path if p.endswith("site-packages")]
     (tmp_path / "site").mkdir()
-    for name in ("numpy", "numpy.libs", "google"):
+    for name in ("numpy", "numpy.libs", "google", "typing_extensions.py"):
         for folder in site:
             if (Path(folder) / name).exists():
                 (tmp_path / "site" / name).symlink_to(Path(folder) / name)
