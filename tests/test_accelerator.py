@@ -175,6 +175,7 @@ def test_killed_and_resumed(packed, tmp_path, here, capsys):
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # the peers' own
 def test_all_of_it(packed, tmp_path):
     """Every stage as it is, but for the data and FID's network: minutes."""
     out = tmp_path / "out"
