@@ -570,14 +570,14 @@ def test_a_model_trains_with_store_v():
 def test_arguments_in_the_wrong_place():
     rngs, layer = nnx.Rngs(0), scaled_linear()
     for call, sentence in [
-        (lambda: views(X, layer), r"views\(model, \*args\).*got an array of float32 with shape \(3, 8\)"),
+        (lambda: views(X, layer), r"views\(model, \*args\).*got an array .*\(3, 8\)"),
         (lambda: views(nnx.Linear, X), "made already.*got the class Linear"),
-        (lambda: wrap(X, layer, rngs=rngs), r"wrap\(model, rules\).*an array of float32 with shape"),
-        (lambda: wrap(layer, X, rngs=rngs), r"views\(model, x\) returns.*array of float32 with shape \(3, 8\)"),
+        (lambda: wrap(X, layer, rngs=rngs), r"wrap\(model, rules\).*an array of float32"),
+        (lambda: wrap(layer, X, rngs=rngs), r"views\(model, x\) returns.*array .*\(3, 8\)"),
         (lambda: wrap(layer, [sn_jax.Matrix()], rngs=rngs), r"rules map paths.*got \[Matrix"),
-        (lambda: SpectralNorm(layer(X), rngs=rngs), r"SpectralNorm\(nnx.*got an array of float32 with shape"),
+        (lambda: SpectralNorm(layer(X), rngs=rngs), r"SpectralNorm\(nnx.*got an array of float32"),
         (lambda: SpectralNorm(nnx.Linear, rngs=rngs), "got the class Linear"),
-        (lambda: bake(X), r"bake\(model, ...\).*array of float32 with shape"),
+        (lambda: bake(X), r"bake\(model, ...\).*array of float32"),
         (lambda: spectral_norms(nnx.state(layer)), r"spectral_norms\(model, ...\)"),
         (lambda: load_state({}, layer, {}), r"load_state\(model, ...\)"),
     ]:
