@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 import sn_jax
 
@@ -20,6 +21,21 @@ def svd_rtol(shape: tuple[int, ...], dtype=np.float64) -> float:
     a processor runs decides how much of it is seen.
     """
     return 16 * max(shape[-2:]) * float(jnp.finfo(dtype).eps)
+
+
+def compiles(dtype) -> bool:
+    """Whether XLA has this type here: it has no float16 for processors without F16C."""
+    try:
+        jax.jit(lambda x: x.astype(jnp.float32)).lower(jax.ShapeDtypeStruct((8,), dtype)).compile()
+    except jax.errors.JaxRuntimeError as error:
+        if "Failed to materialize symbols" in str(error):
+            return False
+        raise
+    return True
+
+
+HAS_FLOAT16 = compiles(jnp.float16)
+needs_float16 = pytest.mark.skipif(not HAS_FLOAT16, reason="XLA has no float16 on this processor")
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
+from helpers import needs_float16
 
 import sn_jax
 import sn_jax.linen
@@ -352,7 +353,7 @@ def test_6_the_state_has_a_type_and_a_collection_of_its_own():
 # 7. Half precision.
 
 
-@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
+@pytest.mark.parametrize("dtype", [pytest.param(jnp.float16, marks=needs_float16), jnp.bfloat16])
 def test_7_half_precision_weights_are_iterated_in_float32(dtype):
     w = jnp.asarray(arange_like((128, 64)) * 1e-3, dtype)
     params = {"kernel": w}

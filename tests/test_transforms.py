@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from helpers import CASES, count_compilations
+from helpers import CASES, count_compilations, needs_float16
 
 import sn_jax
 from sn_jax.transforms import ProjectSpectralNormState, project_spectral_norm
@@ -118,7 +118,7 @@ def test_exact_survives_cancellation(start, scale):
         assert largest(params) > 0.29
 
 
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, pytest.param(jnp.float16, marks=needs_float16)])
 def test_exact_in_half_precision(dtype):
     params = jax.tree.map(lambda x: x.astype(dtype), gaussian(0, SHAPES))
     project = project_spectral_norm(RULES, KEY, exact=True)
