@@ -502,7 +502,6 @@ def test_no_accelerator(tmp_path):
 # --- The packed files -----------------------------------------------------------------------------
 
 
-@pytest.mark.xfail(strict=False, reason="open: tyro is not packed where more is installed")
 def test_packages_are_found_after_those_that_are_there(tmp_path):
     """In an interpreter without site-packages: what the experiments need and is pure Python."""
     path = packages.write(tmp_path)

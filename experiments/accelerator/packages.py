@@ -40,8 +40,8 @@ def _needed(*extras: str) -> set[str]:
     pure, seen, todo = set(), set(), [("sn-jax", extra) for extra in ("", *extras)]
     while todo:
         name, extra = one = todo.pop()
-        wheel = importlib.metadata.distribution(name).read_text("WHEEL") or ""
-        if one in seen or "Root-Is-Purelib: true" not in wheel:
+        # sn_jax itself may be installed from this folder, with no word of a wheel.
+        if one in seen or not (name == "sn-jax" or _is_pure(name)):
             continue
         seen.add(one)
         pure.add(name)
@@ -50,7 +50,12 @@ def _needed(*extras: str) -> set[str]:
             if requirement.marker is None or requirement.marker.evaluate({"extra": extra}):
                 needed = canonicalize_name(requirement.name)
                 todo += [(needed, e) for e in ("", *requirement.extras)]
-    return pure
+    return pure - {"sn-jax"}
+
+
+def _is_pure(name: str) -> bool:
+    wheel = importlib.metadata.distribution(name).read_text("WHEEL") or ""
+    return "Root-Is-Purelib: true" in wheel
 
 
 def use(args: list[str]) -> None:
