@@ -7,16 +7,17 @@ its gradient follow. Flax users start with ``sn_jax.linen`` or ``sn_jax.nnx``.
 import importlib
 from typing import TYPE_CHECKING
 
-from sn_jax._core import Rules as Rules
 from sn_jax._core import Singular as Singular
 from sn_jax._core import State as State
 from sn_jax._core import calibrate as calibrate
 from sn_jax._core import init as init
+from sn_jax._core import residuals as residuals
 from sn_jax._core import spectral_normalize as spectral_normalize
 from sn_jax._core import spectral_norms as spectral_norms
 from sn_jax._core import spectral_penalty as spectral_penalty
 from sn_jax._power import PowerResult as PowerResult
 from sn_jax._power import power_iteration as power_iteration
+from sn_jax._rules import Rules as Rules
 from sn_jax._views import Conv as Conv
 from sn_jax._views import Linear as Linear
 from sn_jax._views import Matrix as Matrix
@@ -53,6 +54,7 @@ __all__ = [
     "init",
     "norm_bounds",
     "power_iteration",
+    "residuals",
     "spectral_norm",
     "spectral_normalize",
     "spectral_norms",

@@ -1,52 +1,40 @@
-"""The functional API: a state of singular vectors, and parameters divided by their norms."""
+"""The functional API: a state of singular vectors, and parameters divided by their norms.
+
+Here belongs what a state is, and every function of (params, state).
+"""
 
 import difflib
-import math
-import re
 import warnings
 import zlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from functools import lru_cache, partial
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
-from jax.tree_util import (
-    DictKey,
-    GetAttrKey,
-    keystr,
-    register_dataclass,
-    tree_flatten_with_path,
-)
+from jax.tree_util import register_dataclass
 
-from sn_jax import _power, _serial, _sharding
-from sn_jax._views import (
-    Conv,
-    Matrix,
-    View,
-    check_linear,
-    check_view,
-    compute_dtype,
-    kind_of,
+from sn_jax import _power, _serial
+from sn_jax._mesh import carried_as
+from sn_jax._operator import Operator, check_linear
+from sn_jax._rules import (
+    Params,
+    Rules,
+    checked_weight,
+    closest,
+    listed,
+    named_leaves,
+    select,
+    shown,
+    with_leaves,
 )
+from sn_jax._views import Conv, View, kind_of
 
-Params = Any
-Rules = Mapping[str, View | None]
-Bound = float | Array | Mapping[str, float | Array]
-
-# Those of Flax, Haiku and Equinox.
-WEIGHT_NAMES = (
-    "kernel", "w", "weight", "embedding", "embeddings", "weight_ih", "weight_hh", "w_i", "w_h",
-)  # fmt: skip
-_NO_WEIGHTS = ("bias", "scale")
-_WAYS_OUT = (
-    "take the views from the model with sn_jax.linen.views or sn_jax.nnx.views, or give one by "
-    "rules, such as {r'.*kernel': sn_jax.Matrix((0, 1, 2), 3)} for flattened 2-D convolutions, or "
-    "sn_jax.Matrix() for stacks of matrices"
-)
+# A bound for all norms, or for each path; for each element of a batch where it is an array.
+Norms = float | Array | Mapping[str, float | Array]
 
 
 @partial(register_dataclass, data_fields=("u", "v", "sigma"), meta_fields=("view",))
@@ -132,10 +120,10 @@ def init(
         )
     bits = jax.random.bits(key, (), jnp.uint32)
     state = {}
-    for path, view in _select(params, leaves, rules).items():
-        w = _checked_weight(path, leaves[path], view)
+    for path, view in select(params, leaves, rules).items():
+        w = checked_weight(path, leaves[path], view)
         try:
-            check_linear(view, w, in_w=True)
+            check_linear(Operator(view, w), in_w=True)
         except ValueError as error:
             raise ValueError(f"{shown(path)} of shape {jnp.shape(w)}: {error}") from error
         seed = bits ^ np.uint32(zlib.crc32(path.encode()))
@@ -148,7 +136,7 @@ def spectral_normalize(
     state: State,
     *,
     n_steps: int | Array = 1,
-    bound: Bound = 1.0,
+    bound: Norms = 1.0,
     mode: Literal["divide", "clip"] = "divide",
     gradient: Literal["through", "stop"] = "through",
 ) -> tuple[Params, State]:
@@ -261,6 +249,37 @@ def spectral_norms(params: Params, state: State) -> dict[str, Array]:
     return {path: _norm(w, state[path]) for path, w in weights_of(params, state).items()}
 
 
+def residuals(params: Params, state: State) -> dict[str, Array]:
+    """How far each stored triple is from a singular triple of the current parameter, by path.
+
+    ``|A^T u - sigma v| / sigma`` with the stored vectors, made unit, and ``sigma = <u, A_W v>``
+    (as ``spectral_norms``); of several vectors the leading pair. Right after an update, when
+    ``A v = sigma u`` holds, some singular value lies within ``residual * sigma`` of sigma; later
+    it tells how stale the estimate has become. A zero parameter has 0, one that is not finite NaN.
+
+    Args:
+      params: the pytree that ``state`` was made for.
+      state: from ``init`` or ``spectral_normalize``.
+
+    Returns:
+      dict: path -> residual of the view's batch shape, >= 0, a constant of the gradient; ready for
+        a logger, also inside ``jit``.
+
+    Raises:
+      ValueError: ``state`` does not fit ``params``.
+
+    Example:
+      >>> params = {"kernel": jnp.diag(jnp.array([2.0, 4.0]))}
+      >>> state = init(params, jax.random.key(0), warmup=30)
+      >>> print({path: round(float(r), 3) for path, r in residuals(params, state).items()})
+      {'kernel': 0.0}
+      >>> other = {"kernel": jnp.array([[4.0, 0.0], [3.0, 0.0]])}
+      >>> bool(residuals(other, state)["kernel"] > 0.5)
+      True
+    """
+    return {path: _residual(w, state[path]) for path, w in weights_of(params, state).items()}
+
+
 def calibrate(
     params: Params, state: State, *, rtol: float | Array = 1e-3, max_steps: int | Array = 1000
 ) -> State:
@@ -278,7 +297,8 @@ def calibrate(
       max_steps: most steps per parameter, ``>= 0``. May be a traced integer.
 
     Returns:
-      State: the converged state.
+      State: the converged state. Outside of ``jit`` a warning names the paths that did not
+        converge; ``residuals`` tells how far each is, also inside.
 
     Raises:
       ValueError: ``rtol`` or ``max_steps`` out of range; ``state`` does not fit ``params``.
@@ -293,8 +313,20 @@ def calibrate(
     if not (isinstance(rtol, jax.core.Tracer) or rtol > 0):
         raise ValueError(f"rtol must be > 0; got {rtol}.")
     max_steps = _power.as_steps(max_steps)
-    weights = weights_of(params, state)
-    return {path: _calibrate(w, state[path], rtol, max_steps) for path, w in weights.items()}
+    new, unfinished = {}, []
+    for path, w in weights_of(params, state).items():
+        new[path], stale = _calibrate(w, state[path], rtol, max_steps)
+        if not isinstance(stale, jax.core.Tracer) and stale:
+            unfinished.append(shown(path))
+    if unfinished:
+        warnings.warn(
+            f"calibrate took {max_steps} steps, and the residual of these is still above rtol = "
+            f"{rtol:g}: {listed(unfinished)}. Singular values that lie close together take many "
+            "steps, fewer from a state of several n_vectors, and below the rounding of its dtype "
+            "no residual falls: give more max_steps, n_vectors, or a larger rtol.",
+            stacklevel=2,
+        )
+    return new
 
 
 def spectral_penalty(params: Params, state: State) -> Array:
@@ -330,41 +362,18 @@ def spectral_penalty(params: Params, state: State) -> Array:
 
 
 def start_state(w: Array, view: View, n_vectors: int, seed: Array | int = 0) -> Singular:
-    """Unit noise for one leaf, before any iteration."""
-    batch, domain, codomain = _spaces(view, _sharding.whole_shape(view, w.shape))
-    k = min(n_vectors, max(1, math.prod(domain)), max(1, math.prod(codomain)))
-    dtype, lead = compute_dtype(w.dtype), len(batch) + 1
-    seed = jnp.asarray(seed, jnp.uint32)
-    split = _sharding.batch_names(view, w.ndim)
+    """Unit noise for one leaf, before any iteration.
 
-    def vectors(seed, space):
-        # Those of the whole batch, so that each device starts from its own part of them.
-        shape = (*_sharding.whole(batch, split), k, *space)
-        x = _sharding.own_blocks(_power.noise(seed, shape, dtype), split)
-        return _power.unit(x, 0.0, lead)
-
-    # Both random: where the weights give no direction yet (zeros), either is a start.
-    u, v = vectors(seed, codomain), vectors(~seed, domain)
-    sigma = _sharding.pcast(jnp.zeros(batch, dtype), sum(split, ()))
-    sigma, u, v = _sharding.take_types((sigma, u, v), w, _sharding.types(view, w))
-    return Singular(u, v, sigma, view)
-
-
-def stored_state(w: Array, view: View, u: Array, sigma: Array) -> Singular:
-    """From what the Flax wrappers store: v comes from the u in the first half step.
-
-    A v to fall back on, so that a u that is zero (as flax leaves it after a zero kernel) recovers.
+    u and v are both random: where the weights give no direction yet (zeros), either is a start.
     """
-    batch, domain, _ = _spaces(view, _sharding.whole_shape(view, w.shape))
-    k = u.shape[len(batch)] if u.ndim > len(batch) else 1  # a wrong shape is told later
-    v = _power.ramp((*batch, k, *domain), compute_dtype(w.dtype))
+    operator, seed = Operator(view, w), jnp.asarray(seed, jnp.uint32)
+
+    def draw(side, shape, dtype):
+        noise = _power.noise(~seed if side else seed, shape, dtype)
+        return _power.unit(noise, 0.0, operator.batch_ndim + 1)
+
+    sigma, u, v = operator.start(n_vectors, draw)
     return Singular(u, v, sigma, view)
-
-
-def chosen(update: bool | Array, new: Array, old: Array) -> Array:
-    if isinstance(update, bool | np.bool_):
-        return new if update else old
-    return jnp.where(update, new, old)
 
 
 @partial(jax.jit, static_argnames=("view", "n_vectors", "warmup"))
@@ -400,228 +409,146 @@ def _factor(sigma, bound, mode, gradient):
     return value, factor
 
 
-# Attributes by which a Flax layer's product is another than the stock layer's.
-PRODUCT = (
-    "dot_general", "dot_general_cls", "promote_dtype", "preferred_element_type", "mask",
-    "conv_general_dilated", "conv_general_dilated_cls",
-)  # fmt: skip
-
-
-def is_plain_product(layer: Any, stock: Any) -> bool:
-    """Whether a Flax layer's product is that of the stock layer, of which it is, in float32."""
-    return all(
-        getattr(layer, name, None) == getattr(stock, name, None) for name in PRODUCT
-    ) and layer.dtype in (None, jnp.float32)
-
-
-def scaled_product(leaf: Leaf) -> Callable[..., Array]:
-    """A ``dot_general`` that scales the product instead of the kernel, where that is cheaper.
-
-    In the backward pass ``<G, W_bar>`` then comes from outputs instead of kernels, and only
-    ``u v^T`` is added to the kernel's gradient; W_bar is not written. Cheaper: not many more rows
-    than inputs, so that a product of outputs and their gradient costs less than one of kernels.
-    The same: float32 throughout; accelerators round a kernel to less in their default precision.
-
-    Args:
-      leaf: of a dense kernel; one factor for all of it.
-    """
-
-    def dot_general(x, scaled, dimensions, precision=None, **options):
-        ((axes, _), batch) = dimensions
-        n_in = math.prod(x.shape[axis] for axis in axes)
-        if (
-            leaf.factor.ndim == 0
-            and x.dtype == scaled.dtype == leaf.w.dtype == jnp.float32
-            and batch == ((), ())
-            # Not so of the symbolic sizes of jax.export: of those nothing is known.
-            and isinstance(x.size, int)
-            and 0 < x.size <= 2 * n_in**2
-            and (jax.default_backend() == "cpu" or precision == lax.Precision.HIGHEST)
-        ):
-            product = lax.dot_general(x, leaf.w, dimensions, precision=precision, **options)
-            return product * _sharding.broadcast_like(leaf.factor, product, ())
-        return lax.dot_general(x, scaled, dimensions, precision=precision, **options)
-
-    return dot_general
-
-
 @jax.jit
 def _norm(w, singular):
-    return _run(_power.iterate, w, singular, n_steps=0).sigma
+    return _run(_power.iterate, w, singular, n_steps=0)[0]
 
 
 @jax.jit
 def _calibrate(w, singular, rtol, max_steps):
-    return _updated(singular, *_run(_power.converge, w, singular, rtol=rtol, max_steps=max_steps))
+    options = {"rtol": rtol, "max_steps": max_steps}
+    *new, residual = _run(_power.converge, w, singular, n_more=1, **options)
+    return _updated(singular, *new), jnp.any(residual > rtol)
+
+
+@jax.jit
+def _residual(w, singular):
+    return _run(_power.residual, w, singular)[0]
 
 
 def _run(method, w, singular, **options):
-    """An iteration of _power on one leaf, in at least float32; options are integers or arrays."""
-    view, dtype = singular.view, compute_dtype(w.dtype)
-    # Vectors are constants of the gradient, also where a user differentiates through a state.
-    u, v = (lax.stop_gradient(x).astype(dtype) for x in (singular.u, singular.v))
-    split = _sharding.batch_names(view, w.ndim)
-    u, v = (_sharding.pcast(x, sum(split, ())) for x in (u, v))
-    apply, batch_ndim = partial(_sharding.matvec, view), len(view.batch_shape(w.shape))
-    static = {name: x for name, x in options.items() if isinstance(x, int)}
-    arrays = {name: x for name, x in options.items() if name not in static}
-
-    def run(w, u, v, arrays):
-        return method(apply, w, u, v, batch_ndim=batch_ndim, **static, **arrays)
-
-    run = _sharding.lift_types(run, w, _sharding.types(view, w))
-    return _power.PowerResult(*run(w.astype(dtype), u, v, arrays))
+    return Operator(singular.view, w).run(method, singular.u, singular.v, **options)
 
 
 def _updated(singular, sigma, u, v):
     """The state keeps its dtypes and shardings, so that it can be a scan's carry."""
     old = singular.sigma, singular.u, singular.v
-    sigma, u, v = map(_sharding.like, (sigma, u, v), old)
+    sigma, u, v = map(carried_as, (sigma, u, v), old)
     return replace(singular, u=u, v=v, sigma=sigma)
 
 
-@lru_cache(maxsize=4096)
-def _spaces(view, shape):
-    """Shapes (batch, domain, codomain) of a parameter of the given shape."""
-    batch, domain = view.batch_shape(shape), view.domain(shape)
-    w, x = (jax.ShapeDtypeStruct(s, jnp.float32) for s in (shape, (*batch, *domain)))
-    return batch, domain, jax.eval_shape(view.matvec, w, x).shape[len(batch) :]
+# State dicts.
 
 
-# Paths, rules and checks.
+def to_state_dict(state: State) -> dict[str, Any]:
+    """A state as nested dicts of NumPy arrays and a version, for any checkpoint format.
 
+    The views are not stored: they come from the template when it is read. Sharded states need
+    not pass through here; a ``State`` is a pytree of arrays.
 
-def _path_name(path) -> str:
-    # Flax boxes (NNX variables, linen partitioning) hold their array in an attribute `value`.
-    if len(path) > 1 and isinstance(path[-1], GetAttrKey) and path[-1].name == "value":
-        path = path[:-1]
-    return keystr(path, simple=True, separator="/")
+    Args:
+      state: from ``sn_jax.init``.
 
-
-def named_leaves(params: Params) -> dict[str, Any]:
-    leaves = {}
-    for path, leaf in tree_flatten_with_path(params)[0]:
-        name = _path_name(path)
-        if name in leaves:
-            raise ValueError(
-                f"Two parameters have the path {name!r}; rename a key (one of them contains '/')."
-            )
-        leaves[name] = leaf
-    return leaves
-
-
-def with_leaves(params: Params, changed: Mapping[str, Array]) -> Params:
-    paths, treedef = tree_flatten_with_path(params)
-    return treedef.unflatten([changed.get(_path_name(path), leaf) for path, leaf in paths])
-
-
-def _select(params: Params, leaves: Mapping[str, Any], rules: Rules | None) -> dict[str, View]:
-    if rules is None:
-        selected = _default_views(params, leaves)
-    else:
-        view_of = compile_rules(rules, leaves)
-        selected = {path: view_of(path, None) for path in leaves}
-    selected = {path: view for path, view in selected.items() if view is not None}
-    if not selected:
-        wanted = (
-            f"named one of {', '.join(WEIGHT_NAMES)} with 2 axes or more"
-            if rules is None
-            else f"matched in full by one of {list(rules)}"
-        )
-        raise ValueError(
-            f"No parameter to normalize: none is {wanted}. The paths are: "
-            f"{listed(map(shown, leaves))}. "
-            "Give rules that match some of them."
-        )
-    return selected
-
-
-def compile_rules(rules: Rules | None, leaves: Iterable[str]):
-    """A function (path, default) -> what the first rule that matches the path says.
-
-    A rule matches as a regular expression, in full, or letter by letter: a dict path -> view
-    from ``views`` is a set of rules, whatever characters its paths contain.
+    Returns:
+      dict: ``{"version": 1, "state": {path: {"u": ..., "v": ..., "sigma": ...}}}``.
 
     Raises:
-      ValueError: a rule matches no path of ``leaves``, or is no regular expression.
-      TypeError: ``rules`` is no mapping of these to views or None.
+      TypeError: ``state`` is not a state.
+
+    Example:
+      >>> import jax, sn_jax
+      >>> state = sn_jax.init({"kernel": jnp.ones((2, 3))}, jax.random.key(0))
+      >>> plain = to_state_dict(state)
+      >>> plain["version"], plain["state"]["kernel"]["u"].shape
+      (1, (1, 3))
     """
-    compiled = []
-    for pattern, regex, view in _checked_rules(rules, leaves):
-        if not _matches(pattern, regex, leaves):
-            _raise_unmatched(pattern, regex, view, leaves)
-        compiled.append((pattern, regex, view))
-
-    def view_of(path, default):
-        matches = (v for text, regex, v in compiled if text == path or regex.fullmatch(path))
-        return next(matches, default)
-
-    return view_of
+    check_state(state)
+    entries = {path: {name: np.asarray(getattr(entry, name)) for name in _serial.ARRAYS}
+               for path, entry in state.items()}  # fmt: skip
+    return {"version": _serial.VERSION, "state": entries}
 
 
-def matching_rules(rules: Rules, leaves: Iterable[str]) -> Rules:
-    """Those that match some path, where others may be meant for leaves that are not here."""
+def from_state_dict(d: Mapping[str, Any], template: State | Mapping[str, View]) -> State:
+    """The state that ``to_state_dict``, or a checkpoint library, made plain.
+
+    Args:
+      d: the result of ``to_state_dict``, or what a checkpoint library made of it; or the nested
+        dicts ``{path: {"u": ..., "v": ..., "sigma": ...}}`` that one reads without a template
+        from a checkpoint that was written of a ``State`` itself.
+      template: a state of the same model (``jax.eval_shape`` of ``sn_jax.init`` will do): paths,
+        shapes, dtypes and views are taken from it. Or the views alone, path -> view: then
+        shapes and dtypes are those of ``d``, and are checked when parameters come.
+
+    Returns:
+      State: like ``template``, with copies of the arrays of ``d``.
+
+    Raises:
+      ValueError: another version, other paths or other shapes than the template's.
+      TypeError: ``template`` is neither a state nor views.
+
+    Example:
+      >>> import jax, sn_jax
+      >>> state = sn_jax.init({"kernel": jnp.ones((2, 3))}, jax.random.key(0))
+      >>> template = sn_jax.init({"kernel": jnp.ones((2, 3))}, jax.random.key(1))
+      >>> again = from_state_dict(to_state_dict(state), template)
+      >>> bool(jnp.all(again["kernel"].u == state["kernel"].u))
+      True
+      >>> again = from_state_dict(to_state_dict(state), {"kernel": sn_jax.Matrix()})
+      >>> jax.tree.structure(again) == jax.tree.structure(state)
+      True
+    """
+    by_views = isinstance(template, Mapping) and all(
+        isinstance(like, View) and not isinstance(like, type) for like in template.values()
+    )
+    if not by_views:
+        check_state(template, " Views alone, path -> view, will do, too.")
+    if not isinstance(d, Mapping) or not (
+        {"version", "state"} <= d.keys()
+        or all(isinstance(x, Mapping) and {*_serial.ARRAYS} <= x.keys() for x in d.values())
+    ):
+        raise ValueError(
+            "This is no result of sn_jax.convert.to_state_dict: that has the keys 'version' and "
+            "'state', or is a state read as dicts, path -> u, v and sigma; got "
+            f"{sorted(d) if isinstance(d, Mapping) else type(d).__name__}."
+        )
+    entries = d
+    if "version" in d:
+        _serial.check_version(d["version"])
+        entries = d["state"]
+    missing, unknown = template.keys() - entries.keys(), entries.keys() - template.keys()
+    if missing or unknown:
+        raise ValueError(
+            f"The stored state is of another model than the template. Only the template has: "
+            f"{listed(sorted(missing))}; only the stored state has: "
+            f"{listed(sorted(unknown))}. Make the template by sn_jax.init with the "
+            "parameters and rules of the model that was saved."
+        )
     return {
-        pattern: view
-        for pattern, regex, view in _checked_rules(rules, leaves)
-        if _matches(pattern, regex, leaves)
+        path: _serial.restored(
+            entries[path], _as_stored(entries[path], like, path) if by_views else like, path
+        )
+        for path, like in template.items()
     }
 
 
-def _matches(pattern, regex, leaves) -> bool:
-    return pattern in leaves or any(regex.fullmatch(path) for path in leaves)
-
-
-def _checked_rules(rules, leaves):
-    if rules is not None and not isinstance(rules, Mapping):
-        raise TypeError(
-            f"rules must be a mapping of regular expressions on paths to views, such as "
-            f"{{r'.*kernel': sn_jax.Matrix()}} or the result of sn_jax.linen.views or "
-            f"sn_jax.nnx.views; got {kind_of(rules)}."
+def _as_stored(entry: Mapping[str, Any], view: View, path: str) -> Singular:
+    """A template for one entry from its own shapes, as far as they fit each other."""
+    shapes = {name: np.shape(entry[name]) for name in _serial.ARRAYS if name in entry}
+    lead = len(shapes.get("sigma", ())) + 1
+    if len(shapes) < 3 or not (
+        len(shapes["u"]) >= lead
+        and shapes["u"][:lead] == shapes["v"][:lead]
+        and shapes["u"][: lead - 1] == shapes["sigma"]
+    ):
+        raise ValueError(
+            f"{path} is stored with the shapes {shapes}, which are those of no u (*batch, k, "
+            "*codomain), v (*batch, k, *domain) and sigma (*batch,): give what was written of a "
+            "state."
         )
-    checked = []
-    for pattern, view in (rules or {}).items():
-        if view is not None:
-            check_view(view, f"The rule {pattern!r}", ", or None to leave what it matches alone")
-        try:
-            regex = re.compile(pattern)
-        except TypeError:
-            raise TypeError(
-                f"The rule {pattern!r} is {kind_of(pattern)}; rules are regular expressions, as "
-                "strings."
-            ) from None
-        except re.error as error:
-            if pattern not in leaves:
-                raise ValueError(
-                    f"The rule {pattern!r} is not a regular expression: {error}. Escape special "
-                    "characters (re.escape) to match them literally."
-                ) from None
-            regex = re.compile(re.escape(pattern))
-        checked.append((pattern, regex, view))
-    return checked
+    return Singular(**{name: np.asarray(entry[name]) for name in _serial.ARRAYS}, view=view)
 
 
-def _raise_unmatched(pattern, regex, view, leaves):
-    what = "normalize" if view is not None else "leave alone"
-    part = next((path for path in leaves if regex.search(path)), None)
-    hint = "correct it, or leave it out"
-    if list(leaves) == [""]:
-        hint = "params are one array, and its path is '': give {'': view}"
-    elif part is not None:
-        hint = f"it is a part of {shown(part)}, and rules match in full, as r'.*{pattern}.*' would"
-    raise ValueError(
-        f"No parameter to {what} by the rule {pattern!r}: it matches no path. The closest of "
-        f"{len(leaves)} are: {listed(closest(str(pattern), leaves))}; {hint}."
-    )
-
-
-def closest(name: str, paths: Iterable[str], most: int = 3) -> list[str]:
-    """The paths that look most like ``name``."""
-
-    def likeness(path):
-        return difflib.SequenceMatcher(None, name, path).ratio()
-
-    return [shown(path) for path in sorted(paths, key=likeness, reverse=True)[:most]]
+# Checks.
 
 
 def check_key(key: Any, order: str) -> None:
@@ -633,113 +560,6 @@ def check_key(key: Any, order: str) -> None:
             f"key must be a PRNG key, such as jax.random.key(0); got {kind_of(key)}. The order is "
             f"{order}."
         )
-
-
-def shown(path: str) -> str:
-    """A path in a sentence: parameters that are one array have the empty one."""
-    return path or "'' (params itself)"
-
-
-def _default_views(params: Params, leaves: Mapping[str, Any]) -> dict[str, View]:
-    """By name, without rules; and a warning that lists what may have been meant, too."""
-    keys = {_path_name(path): path for path, _ in tree_flatten_with_path(params)[0]}
-    selected, left_out = {}, []
-    for path, leaf in leaves.items():
-        _, name = _parent_and_name(path)
-        shape = leaf.shape if hasattr(leaf, "shape") and hasattr(leaf, "dtype") else ()
-        if len(shape) < 2 or name in _NO_WEIGHTS:
-            continue
-        owner = _owner(params, keys[path])
-        if _is_scale(path, shape, leaves, owner):
-            continue
-        if path == "" or name in WEIGHT_NAMES:
-            selected[path] = _default_view(path, shape, owner)
-        elif jnp.issubdtype(leaf.dtype, jnp.floating) and sum(size > 1 for size in shape) > 1:
-            left_out.append(f"{path} {shape}")
-    if selected and left_out:
-        warnings.warn(
-            f"sn_jax.init without rules leaves alone what is named none of "
-            f"{', '.join(WEIGHT_NAMES)}, though it has two axes or more: {listed(left_out)}. Give "
-            "rules to say which parameters are meant.",
-            stacklevel=4,
-        )
-    return selected
-
-
-def _default_view(path: str, shape: tuple[int, ...], owner: Any) -> View:
-    if len(shape) == 2:
-        return Matrix()
-    first = Matrix(tuple(range(1, len(shape))), 0)
-    output_first = _parent_and_name(path)[1] == "weight"
-    # Equinox's convolutions, and not a stack of them.
-    if output_first and getattr(owner, "num_spatial_dims", None) == len(shape) - 2:
-        return first
-    torch = f", or sn_jax.{first} if outputs come first, as in PyTorch" if output_first else ""
-    raise ValueError(
-        f"{shown(path)} of shape {shape} has more than 2 axes, and which of them are input, output "
-        f"or batch cannot be told from the shape: {_WAYS_OUT}{torch}."
-    )
-
-
-def _parent_and_name(path: str) -> tuple[str, str]:
-    """The path up to the leaf's own name, and that: after a dot in a state dict of torch."""
-    start = max(path.rfind("/"), path.rfind(".")) + 1
-    return path[:start], path[start:]
-
-
-def _owner(params: Params, keys: tuple) -> Any:
-    """The object of which a leaf is an attribute, such as an Equinox layer; else None."""
-    if not keys or not isinstance(keys[-1], GetAttrKey):
-        return None
-    node = params
-    try:
-        for key in keys[:-1]:
-            if isinstance(key, GetAttrKey):
-                node = getattr(node, key.name)
-            else:
-                node = node[key.key if isinstance(key, DictKey) else key.idx]
-    except (AttributeError, LookupError, TypeError):  # a container of other keys
-        return None
-    return node
-
-
-def _is_scale(path: str, shape: tuple[int, ...], leaves: Mapping[str, Any], owner: Any) -> bool:
-    """Whether a weight multiplies entry by entry, as those of norm layers do.
-
-    Then its bias has its shape; or the layer, which divides by something plus ``eps``, declares
-    the shape, to which ``vmap`` may have added axes.
-    """
-    bias = leaves.get(f"{_parent_and_name(path)[0]}bias")
-    if bias is not None and jnp.shape(bias) == shape:
-        return True
-    declared = getattr(owner, "shape", None)
-    return (
-        hasattr(owner, "eps")
-        and isinstance(declared, tuple)
-        and len(declared) > 0
-        and shape[-len(declared) :] == declared
-    )
-
-
-def _checked_weight(path: str, w: Any, view: View) -> Array:
-    """The leaf as an array that the view fits, or a sentence that says why not."""
-    check_view(view, f"The entry or rule for {shown(path)}")
-    if not (hasattr(w, "shape") and hasattr(w, "dtype")):
-        raise TypeError(
-            f"{shown(path)} is a {type(w).__name__}, not an array; exclude it by a rule "
-            f"{{{re.escape(path)!r}: None}} before the others."
-        )
-    if not jnp.issubdtype(w.dtype, jnp.floating):
-        raise TypeError(
-            f"{shown(path)} of shape {jnp.shape(w)} is {w.dtype}; only real floating-point weights "
-            "can be normalized: convert it, or exclude it by a rule with None."
-        )
-    try:
-        view.batch_shape(w.shape)
-        _sharding.check_split(view, w)
-    except ValueError as error:
-        raise ValueError(f"{shown(path)} of shape {jnp.shape(w)}: {error}") from None
-    return w
 
 
 def check_state(state: State, hint: str = "") -> None:
@@ -770,9 +590,8 @@ def weights_of(params: Params, state: State) -> dict[str, Array]:
                 f"Make the state with sn_jax.init from these parameters. They are: "
                 f"{listed(leaves)}."
             )
-        w = _checked_weight(path, leaves[path], singular.view)
-        shape = _sharding.whole_shape(singular.view, w.shape)
-        batch, domain, codomain = _spaces(singular.view, shape)
+        w = checked_weight(path, leaves[path], singular.view)
+        batch, domain, codomain = Operator(singular.view, w).spaces
         k = singular.v.shape[len(batch)] if singular.v.ndim > len(batch) else 1
         for name, space in (("v", domain), ("u", codomain)):
             expected, got = (*batch, k, *space), getattr(singular, name).shape
@@ -800,7 +619,7 @@ def _raise_changed(path, w, view, name, expected, got):
 
 
 def bounds_by_path(
-    bound: Bound, state: Mapping[str, Singular | None]
+    bound: Norms, state: Mapping[str, Singular | None]
 ) -> Mapping[str, float | Array]:
     """A bound for each path; checked against the shape of its norms where the entry is given."""
     bounds = bound if isinstance(bound, Mapping) else dict.fromkeys(state, bound)
@@ -838,9 +657,3 @@ def _checked_bound(path: str, value: Any, singular: Singular | None) -> Any:
             "one number, or an array of that shape; where shapes differ, a mapping from paths."
         )
     return value if number.shape == () else jnp.asarray(value)
-
-
-def listed(paths, most: int = 10) -> str:
-    paths = list(paths)
-    rest = f" and {len(paths) - most} more" if len(paths) > most else ""
-    return (", ".join(paths[:most]) or "none") + rest

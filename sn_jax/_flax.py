@@ -1,13 +1,22 @@
-"""What the two Flaxes share: how layers are seen, and what wrappers do to their products."""
+"""What the two Flaxes share: what wrappers do to products, and how layers are seen.
 
+Here belongs what both adapters need of Flax's layers; nothing is imported from Flax.
+"""
+
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any, Literal, NamedTuple
 
+import jax
 import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
 
-from sn_jax import _core, _trace
-from sn_jax._views import Conv, Matrix, View
+from sn_jax import _core, _mesh, _power, _trace
+from sn_jax._operator import Operator
+from sn_jax._rules import WEIGHT_NAMES, Rules, compile_rules, listed
+from sn_jax._views import Conv, Matrix, View, compute_dtype
 
 
 class AtProduct:
@@ -36,6 +45,73 @@ class AtProduct:
         # (embedding,), (query, embedding) or (x, kernel, bias)
         x, place = arrays[0], min(1, len(arrays) - 1)
         return (*arrays[:place], self.change(arrays[place], x), *arrays[place + 1 :])
+
+
+# Attributes by which a Flax layer's product is another than the stock layer's.
+PRODUCT = (
+    "dot_general", "dot_general_cls", "promote_dtype", "preferred_element_type", "mask",
+    "conv_general_dilated", "conv_general_dilated_cls",
+)  # fmt: skip
+
+
+def is_plain_product(layer: Any, stock: Any) -> bool:
+    """Whether a Flax layer's product is that of the stock layer, of which it is, in float32."""
+    return all(
+        getattr(layer, name, None) == getattr(stock, name, None) for name in PRODUCT
+    ) and layer.dtype in (None, jnp.float32)
+
+
+def scaled_product(leaf: _core.Leaf) -> Callable[..., Array]:
+    """A ``dot_general`` that scales the product instead of the kernel, where that is cheaper.
+
+    In the backward pass ``<G, W_bar>`` then comes from outputs instead of kernels, and only
+    ``u v^T`` is added to the kernel's gradient; W_bar is not written. Cheaper: not many more rows
+    than inputs, so that a product of outputs and their gradient costs less than one of kernels.
+    The same: float32 throughout; accelerators round a kernel to less in their default precision.
+
+    Args:
+      leaf: of a dense kernel; one factor for all of it.
+    """
+
+    def dot_general(x, scaled, dimensions, precision=None, **options):
+        ((axes, _), batch) = dimensions
+        n_in = math.prod(x.shape[axis] for axis in axes)
+        if (
+            leaf.factor.ndim == 0
+            and x.dtype == scaled.dtype == leaf.w.dtype == jnp.float32
+            and batch == ((), ())
+            # Not so of the symbolic sizes of jax.export: of those nothing is known.
+            and isinstance(x.size, int)
+            and 0 < x.size <= 2 * n_in**2
+            and (jax.default_backend() == "cpu" or precision == lax.Precision.HIGHEST)
+        ):
+            product = lax.dot_general(x, leaf.w, dimensions, precision=precision, **options)
+            return product * _mesh.broadcast_like(leaf.factor, product, ())
+        return lax.dot_general(x, scaled, dimensions, precision=precision, **options)
+
+    return dot_general
+
+
+# A wrapper's statistics.
+
+
+def stored_state(w: Array, view: View, u: Array, sigma: Array) -> _core.Singular:
+    """From what the wrappers store: v comes from u in the first half step.
+
+    Until then v is something to fall back on, so that a u that is zero recovers, as flax leaves it
+    after a zero kernel.
+    """
+    batch, domain, _ = Operator(view, w).spaces
+    k = u.shape[len(batch)] if u.ndim > len(batch) else 1  # a wrong shape is told later
+    v = _power.ramp((*batch, k, *domain), compute_dtype(w.dtype))
+    return _core.Singular(u, v, sigma, view)
+
+
+def choice(update: bool | Array, new: Array, old: Array) -> Array:
+    """``new`` if the statistics are to be updated, else ``old``."""
+    if isinstance(update, bool | np.bool_):
+        return new if update else old
+    return jnp.where(update, new, old)
 
 
 # Views of the layers that both Flaxes have, from attributes that both name alike.
@@ -121,7 +197,7 @@ def weight_paths(leaves: Mapping[str, Any]) -> frozenset[str]:
     """Paths of the parameters that are weights by their names and number of axes."""
     return frozenset(
         path for path, leaf in leaves.items()
-        if path.rpartition("/")[2] in _core.WEIGHT_NAMES and len(jnp.shape(leaf)) >= 2
+        if path.rpartition("/")[2] in WEIGHT_NAMES and len(jnp.shape(leaf)) >= 2
     )  # fmt: skip
 
 
@@ -129,7 +205,7 @@ def resolve(
     leaves: Mapping[str, Any],
     uses: _trace.Uses,
     beside: Mapping[str, str],
-    rules: _core.Rules | None,
+    rules: Rules | None,
     who: str,
     task: Literal["views", "wrap", "bake"] = "views",
 ) -> Resolved:
@@ -149,7 +225,7 @@ def resolve(
       ValueError: one for all weights that are not seen, or act in several ways, or change on the
         way to the product; nothing to normalize.
     """
-    view_of, unruled, weights = _core.compile_rules(rules, leaves), object(), weight_paths(leaves)
+    view_of, unruled, weights = compile_rules(rules, leaves), object(), weight_paths(leaves)
     ruled = {path: view_of(path, unruled) for path in leaves}
     views = {path: view for path, view in ruled.items() if view not in (unruled, None)}
     problems, at_product, computed = {}, {}, set()
@@ -203,7 +279,7 @@ def resolve(
         )
     if not views and not at_product:
         raise ValueError(
-            f"{who} finds no kernel to normalize among {_core.listed(leaves)}: wrap or give a "
+            f"{who} finds no kernel to normalize among {listed(leaves)}: wrap or give a "
             "model that has one, or name one by rules."
         )
     for path, view in views.items():

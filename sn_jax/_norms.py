@@ -22,6 +22,7 @@ from jax import Array
 from jax.tree_util import register_dataclass
 from scipy.sparse.linalg import ArpackNoConvergence, LinearOperator, eigsh
 
+from sn_jax._operator import Operator, check_linear
 from sn_jax._symbols import (
     UNIT,
     Block,
@@ -37,7 +38,7 @@ from sn_jax._symbols import (
     symbols,
     taps_of,
 )
-from sn_jax._views import Conv, Matrix, Scaled, Shape, View, check_linear, check_view, kind_of
+from sn_jax._views import Conv, Matrix, Scaled, Shape, View, check_view, kind_of
 
 # An explicit matrix is formed where its smaller side is at most this: 128 MiB for the Gram matrix.
 _EXPLICIT = 4096
@@ -303,7 +304,7 @@ def _checked(w, view: View | None, rtol: float) -> tuple[np.ndarray, View, Shape
     batch = view.batch_shape(w.shape)
     if not isinstance(view, Matrix | Conv):
         with on_host():
-            check_linear(view, jnp.asarray(w), in_w=False)
+            check_linear(Operator(view, jnp.asarray(w)), in_w=False)
     return w, view, batch
 
 

@@ -10,6 +10,7 @@ at nearly the same memory traffic.
 import math
 import operator
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -17,8 +18,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
+from jax.tree_util import register_dataclass
 
-from sn_jax import _sharding
+from sn_jax import _mesh
+from sn_jax._operator import Operator
 
 
 class PowerResult(NamedTuple):
@@ -102,22 +105,51 @@ def power_iteration(
         raise TypeError(f"v0 must be floating point; got {v0.dtype}.")
     if not 0 <= batch_ndim <= v0.ndim:
         raise ValueError(f"batch_ndim={batch_ndim} does not fit v0 of shape {v0.shape}.")
-    program, closed_over = _traced(matvec, v0)
+    operator = _Function(*_traced(matvec, v0), _mesh.struct_like(v0.shape, v0), batch_ndim)
     static = isinstance(steps, int)
     return _power_iteration(
-        program, closed_over, v0, None if static else steps,
-        static_steps=steps if static else None, batch_ndim=batch_ndim,
-    )  # fmt: skip
+        operator, v0, None if static else steps, static_steps=steps if static else None
+    )
 
 
-@partial(jax.jit, static_argnames=("program", "static_steps", "batch_ndim"))
-def _power_iteration(program, closed_over, v0, traced_steps, *, static_steps, batch_ndim):
-    v = unit(lax.stop_gradient(v0), 0.0, batch_ndim)
-    u = unit(program(lax.stop_gradient(closed_over), v), 0.0, batch_ndim)
-    u, v = (jnp.expand_dims(x, batch_ndim) for x in (u, v))
+@partial(jax.jit, static_argnames="static_steps")
+def _power_iteration(operator, v0, traced_steps, *, static_steps):
+    axis = operator.batch_ndim
+    v = unit(lax.stop_gradient(v0), 0.0, axis)
+    u = unit(operator.frozen.mv(v), 0.0, axis)
     steps = static_steps if traced_steps is None else traced_steps
-    sigma, u, v = iterate(program, closed_over, u, v, n_steps=steps, batch_ndim=batch_ndim)
-    return PowerResult(sigma, _first(u, batch_ndim), _first(v, batch_ndim))
+    sigma, u, v = iterate(operator, *(jnp.expand_dims(x, axis) for x in (u, v)), n_steps=steps)
+    return PowerResult(sigma, _first(u, axis), _first(v, axis))
+
+
+@partial(
+    register_dataclass, data_fields=("closed_over",), meta_fields=("program", "x", "batch_ndim")
+)
+@dataclass(frozen=True, eq=False)
+class _Function:
+    """A traced function of single vectors, with what an iteration asks of an ``Operator``.
+
+    Attributes:
+      program: of (closed_over, x) (static).
+      closed_over: arrays.
+      x: type of what it takes (static).
+      batch_ndim: its number of leading batch axes (static).
+    """
+
+    program: "_Program"
+    closed_over: list[Array]
+    x: jax.ShapeDtypeStruct
+    batch_ndim: int
+
+    @property
+    def frozen(self) -> "_Function":
+        return replace(self, closed_over=lax.stop_gradient(self.closed_over))
+
+    def mv(self, x: Array) -> Array:
+        return self.program(self.closed_over, x)
+
+    def rmv(self, y: Array) -> Array:
+        return jax.linear_transpose(self.mv, self.x)(y)[0]
 
 
 def _traced(matvec: Callable[[Array], Array], v0: Array) -> tuple["_Program", list[Array]]:
@@ -198,39 +230,31 @@ def _structure(x: Any) -> Any:
 
 
 def iterate(
-    apply: Callable[[Any, Array], Array],
-    w: Any,
-    u: Array,
-    v: Array,
-    *,
-    n_steps: int | Array,
-    batch_ndim: int,
+    operator: Operator | _Function, u: Array, v: Array, *, n_steps: int | Array
 ) -> PowerResult:
     """``n_steps`` steps ``v <- A^T u``, ``u <- A v`` (each orthonormalized), then sigma.
 
-    Only ``A_w v`` of the last half step depends on ``w`` for differentiation. It reads ``w``
+    Only ``A v`` of the last half step depends on the map for differentiation. It reads the kernel
     2 n_steps times (once for ``n_steps = 0``, which returns ``u`` and ``v`` as they came).
     An update that gives no usable direction (zero or not finite) keeps the vector it had.
 
     Args:
-      apply: ``apply(w, x)``, linear in ``x`` of shape (*batch, *domain).
-      w: pytree that ``apply`` takes.
+      operator: the map.
       u, v: (*batch, k, *codomain), (*batch, k, *domain); the first of the k is the leading one.
     """
     if isinstance(n_steps, int) and n_steps == 0:
-        return PowerResult(_stored_sigma(apply, w, u, v, batch_ndim), u, v)
+        return PowerResult(_stored_sigma(operator, u, v), u, v)
 
-    vectors = _Vectors(apply, w, batch_ndim, v)
-    adjoint = vectors.adjoint()
+    vectors, frozen = _Vectors(operator, v), operator.frozen
 
     def step(_, uvz):
         u, v, z = uvz
         v, _ = vectors.orthonormal(z, v)
-        u, _ = vectors.orthonormal(vectors.apply(vectors.frozen, v), u)
-        return u, v, adjoint(u)
+        u, _ = vectors.orthonormal(frozen.mv(v), u)
+        return u, v, frozen.rmv(u)
 
     start = vectors.squeezed(u)
-    carry = start, vectors.squeezed(v), adjoint(start)
+    carry = start, vectors.squeezed(v), frozen.rmv(start)
     if not isinstance(n_steps, int) or n_steps > 1:
         # Unrolled where it is short: XLA's convolutions are many times slower inside a CPU loop.
         short = isinstance(n_steps, int) and n_steps <= 5
@@ -239,59 +263,70 @@ def iterate(
     new = PowerResult(sigma, *map(vectors.unsqueezed, new))
     if isinstance(n_steps, int):
         return new
-    kept = iterate(apply, w, u, v, n_steps=0, batch_ndim=batch_ndim)
+    kept = iterate(operator, u, v, n_steps=0)
     return PowerResult(*map(partial(jnp.where, n_steps > 0), new, kept))
 
 
 def converge(
-    apply: Callable[[Any, Array], Array],
-    w: Any,
-    u: Array,
-    v: Array,
-    *,
-    rtol: Array,
-    max_steps: int,
-    batch_ndim: int,
-) -> PowerResult:
+    operator: Operator, u: Array, v: Array, *, rtol: Array, max_steps: int | Array
+) -> tuple[Array, Array, Array, Array]:
     """Iterate until ``|A^T u - sigma v| <= rtol * sigma`` for every batch element.
 
     ``A v = sigma u`` holds exactly after a step, so the residual is the whole backward error of
     the triple: some singular value of ``A`` lies within ``rtol * sigma`` of ``sigma``. A map that
     is zero or not finite counts as converged.
+
+    Returns:
+      (sigma, u, v, residual): the residual of the last step relative to sigma, (*batch,); infinite
+        if no step was taken.
     """
-    vectors = _Vectors(apply, lax.stop_gradient(w), batch_ndim, v)
-    adjoint = vectors.adjoint()
+    operator = operator.frozen
+    vectors = _Vectors(operator, v)
 
     def unfinished(carry):
         i, _, _, _, _, residual = carry
-        return (i < max_steps) & _sharding.anywhere(jnp.any(residual > rtol))
+        return (i < max_steps) & _mesh.anywhere(jnp.any(residual > rtol))
 
     def step(carry):
         i, u, v, z, _, _ = carry
         sigma, u, v = vectors.finish(u, v, z)
-        z = adjoint(u)
-        safe = jnp.where(sigma >= jnp.finfo(sigma.dtype).tiny, sigma, jnp.ones_like(sigma))
-        z1, v1 = vectors.leading(z), vectors.leading(v)
-        gap = z1 / _expand(safe, z1) - v1 * _expand(sigma / safe, v1)
-        return i + 1, u, v, z, sigma, _norm(gap, batch_ndim)
+        z = operator.rmv(u)
+        gap = _relative_gap(vectors.leading(z), sigma, vectors.leading(v), operator.batch_ndim)
+        return i + 1, u, v, z, sigma, gap
 
-    sigma = iterate(apply, w, u, v, n_steps=0, batch_ndim=batch_ndim).sigma
+    sigma = iterate(operator, u, v, n_steps=0).sigma
     u, v = vectors.squeezed(u), vectors.squeezed(v)
-    start = 0, u, v, adjoint(u), sigma, jnp.full_like(sigma, jnp.inf)
-    _, u, v, _, sigma, _ = lax.while_loop(unfinished, step, start)
-    return PowerResult(sigma, vectors.unsqueezed(u), vectors.unsqueezed(v))
+    start = 0, u, v, operator.rmv(u), sigma, jnp.full_like(sigma, jnp.inf)
+    _, u, v, _, sigma, gap = lax.while_loop(unfinished, step, start)
+    return sigma, vectors.unsqueezed(u), vectors.unsqueezed(v), gap
+
+
+def residual(operator: Operator, u: Array, v: Array) -> tuple[Array, Array, Array]:
+    """(|A^T u - sigma v| / sigma, u, v) of the leading pair of stored vectors, made unit.
+
+    0 for a map that is zero, NaN for one that is not finite.
+    """
+    operator, b = operator.frozen, operator.batch_ndim
+    sigma = iterate(operator, u, v, n_steps=0).sigma
+    u1, v1 = (unit(_first(x, b), 0.0, b) for x in (u, v))
+    return _relative_gap(operator.rmv(u1), sigma, v1, b), u, v
+
+
+def _relative_gap(z: Array, sigma: Array, v: Array, batch_ndim: int) -> Array:
+    """|z - sigma v| / sigma, without overflow or division by zero."""
+    safe = jnp.where(sigma >= jnp.finfo(sigma.dtype).tiny, sigma, jnp.ones_like(sigma))
+    return _norm(z / _expand(safe, z) - v * _expand(sigma / safe, v), batch_ndim)
 
 
 class _Vectors:
     """The steps on vectors of one map: k of them along the axis after the batch, or one without."""
 
-    def __init__(self, apply, w, batch_ndim: int, v: Array):
-        """``v`` (*batch, k, *domain) tells k and the shapes."""
-        self.batch_ndim, self.single = batch_ndim, v.shape[batch_ndim] == 1
+    def __init__(self, operator: Operator | _Function, v: Array):
+        """``v`` (*batch, k, *domain) tells k."""
+        self.operator, self.batch_ndim = operator, operator.batch_ndim
         # One vector has no axis of its own: XLA then needs fewer and simpler operations.
-        self.apply = apply if self.single else _mapped(apply, batch_ndim)
-        self.lead = batch_ndim + (not self.single)
-        self.w, self.frozen, self.like = w, lax.stop_gradient(w), self.squeezed(v)
+        self.single = v.shape[self.batch_ndim] == 1
+        self.lead = self.batch_ndim + (not self.single)
 
     def squeezed(self, x: Array) -> Array:
         return _first(x, self.batch_ndim) if self.single else x
@@ -301,10 +336,6 @@ class _Vectors:
 
     def leading(self, x: Array) -> Array:
         return x if self.single else _first(x, self.batch_ndim)
-
-    def adjoint(self) -> Callable[[Array], Array]:
-        transpose = jax.linear_transpose(partial(self.apply, self.frozen), self.like)
-        return lambda u: transpose(u)[0]
 
     def orthonormal(self, z: Array, fallback: Array) -> tuple[Array, Array]:
         """Orthonormal rows spanning z's, whose lengths come second; dependent rows become zero.
@@ -321,13 +352,13 @@ class _Vectors:
         return _combine(q * jnp.expand_dims(weights, -2), z, self.batch_ndim), lengths
 
     def finish(self, u: Array, v: Array, z: Array) -> PowerResult:
-        """The last half step, given z = A^T u: v from z, then u and sigma from one read of w."""
+        """The last half step, given z = A^T u: v from z, then u and sigma from one product."""
         v_old, (v, z_length) = v, self.orthonormal(z, v)
-        y = self.apply(self.w, v)
+        y = self.operator.mv(v)
         if not self.single:
             v, y = self._rotated(v, y, v_old)
         u, length = _unit_and_length(lax.stop_gradient(y), u, self.lead)
-        # NaN also where z was too long and v is still the old one.
+        # If z overflowed, v is still the old vector and y may be finite: sigma is NaN there, too.
         length = self.leading(length) + 0 * self.leading(z_length)
         along = _inner(self.leading(u), self.leading(y), self.batch_ndim)
         return PowerResult(with_value(along, length), u, v)
@@ -348,14 +379,15 @@ class _Vectors:
         return v * _expand(sign, v), y * _expand(sign, y)
 
 
-def _stored_sigma(apply, w, u, v, batch_ndim) -> Array:
+def _stored_sigma(operator, u, v) -> Array:
     """<u, A v> / (|u| |v|) of the leading pair; |A v| / |v| where that is <= 0.
 
     Divided: an average of states, or a cast, must not change sigma's scale. Not positive: a sign
     flip, a ``u`` from elsewhere.
     """
+    batch_ndim = operator.batch_ndim
     u, v = _first(u, batch_ndim), _first(v, batch_ndim)
-    y = apply(w, v)
+    y = operator.mv(v)
     own, length = _unit_and_length(lax.stop_gradient(y), 0.0, batch_ndim)
     along = _inner(u, lax.stop_gradient(y), batch_ndim)
     per_u, per_v = (_inverse(_inner(x, x, batch_ndim)) for x in (u, v))
@@ -372,7 +404,7 @@ def _inverse(square: Array) -> Array:
 
 @jax.custom_jvp
 def with_value(x: Array, value: Array) -> Array:
-    """``value``, a constant, with all the derivatives of ``x``; what x takes is not computed."""
+    """``value``, a constant, with the derivatives of ``x``, whose own value nobody needs."""
     return value
 
 
@@ -387,11 +419,6 @@ def _first(x: Array, axis: int) -> Array:
 
 def _inner(x: Array, y: Array, lead: int) -> Array:
     return jnp.sum(x * y, tuple(range(lead, y.ndim)))
-
-
-def _mapped(apply, batch_ndim):
-    """``apply`` over the axis of the k vectors."""
-    return jax.vmap(apply, in_axes=(None, batch_ndim), out_axes=batch_ndim)
 
 
 def _expand(scalars: Array, like: Array) -> Array:

@@ -13,7 +13,7 @@ import numpy as np
 from jax import Array, export, lax
 from jax.sharding import PartitionSpec
 
-from sn_jax import _sharding
+from sn_jax import _mesh
 
 Shape = tuple[int, ...]
 # For each axis of a kernel the mesh axes that it is split over.
@@ -51,7 +51,7 @@ class View(Protocol):
 
 @partial(jax.checkpoint, prevent_cse=False, static_argnums=2)  # else JAX keeps the broadcast factor
 def _scale(w: Array, factor: Array, batch_axes: Shape) -> Array:
-    factor = _sharding.broadcast_like(factor, w, batch_axes)
+    factor = _mesh.broadcast_like(factor, w, batch_axes)
     # Multiplied in the (wider) dtype of the factor, rounded once.
     return (w.astype(factor.dtype) * factor).astype(w.dtype)
 
@@ -134,29 +134,13 @@ class Matrix:
 
     def axis_groups(self, ndim: int) -> tuple[Shape, Shape, Shape]:
         """(batch, in, out) axes of a kernel with ``ndim`` axes, each sorted and non-negative."""
-        _check_split(self, ndim)
         if self.rank is not None and ndim > self.rank:
             raise ValueError(
                 f"{self} was read off a model whose kernel has {self.rank} axes, and this one has "
                 f"{ndim}: for a stack of kernels, as vmap makes it, take the views of the model "
                 "that uses the stack, or give axes counted from the end, such as Matrix(-2, -1)."
             )
-        for axis in (*self.in_axes, *self.out_axes):
-            if not -ndim <= axis < ndim:
-                raise ValueError(
-                    f"{self} names axis {axis}, but the kernel has {ndim} axes; "
-                    f"give a view whose axes lie in [-{ndim}, {ndim})."
-                )
-        ins = sorted(axis % ndim for axis in self.in_axes)
-        outs = sorted(axis % ndim for axis in self.out_axes)
-        named = ins + outs
-        if len(set(named)) < len(named):
-            raise ValueError(
-                f"{self} names an axis twice on a kernel with {ndim} axes (in {ins}, out {outs}); "
-                "each axis is input, output, or (left out) batch."
-            )
-        batch = [axis for axis in range(ndim) if axis not in named]
-        return tuple(batch), tuple(ins), tuple(outs)
+        return _axis_groups(self, ndim)
 
     def vector_axes(self, ndim: int) -> tuple[Shape, Shape, Shape]:
         """The kernel axis that each axis of batch, x and y is, in order: their sharding."""
@@ -172,7 +156,7 @@ class Matrix:
 
     def matvec(self, w: Array, x: Array) -> Array:
         batch, ins, outs = self.axis_groups(w.ndim)
-        if max(len(ins), len(outs)) > 1 and _sharding.is_whole(w):
+        if max(len(ins), len(outs)) > 1 and _mesh.is_whole(w):
             for first, last in ((ins, outs), (outs, ins)):
                 if (*batch, *first, *last) == tuple(range(w.ndim)):
                     return self._flat_matvec(w, x, len(batch), len(first), ins < outs)
@@ -199,6 +183,27 @@ class Matrix:
     def scale(self, w: Array, factor: Array) -> Array:
         batch, _, _ = self.axis_groups(w.ndim)
         return _scale(w, factor, batch)
+
+
+@lru_cache(maxsize=4096)  # each leaf asks some six times
+def _axis_groups(view: Matrix, ndim: int) -> tuple[Shape, Shape, Shape]:
+    _check_split(view, ndim)
+    for axis in (*view.in_axes, *view.out_axes):
+        if not -ndim <= axis < ndim:
+            raise ValueError(
+                f"{view} names axis {axis}, but the kernel has {ndim} axes; "
+                f"give a view whose axes lie in [-{ndim}, {ndim})."
+            )
+    ins = sorted(axis % ndim for axis in view.in_axes)
+    outs = sorted(axis % ndim for axis in view.out_axes)
+    named = ins + outs
+    if len(set(named)) < len(named):
+        raise ValueError(
+            f"{view} names an axis twice on a kernel with {ndim} axes (in {ins}, out {outs}); "
+            "each axis is input, output, or (left out) batch."
+        )
+    batch = [axis for axis in range(ndim) if axis not in named]
+    return tuple(batch), tuple(ins), tuple(outs)
 
 
 def _per_dimension(value, dimensions: int, name: str) -> Shape:
@@ -319,16 +324,8 @@ class Conv:
         return self.kernel_batch_axes(ndim), (*pixels, channels[0]), (*pixels, channels[1])
 
     def kernel_batch_axes(self, ndim: int) -> Shape:
-        _check_split(self, ndim)
-        n_batch = ndim - len(self.input_shape) - 2
-        axes = tuple(range(n_batch)) if self.batch_axes is None else self.batch_axes
-        if n_batch < 0 or len(axes) != n_batch or not all(-ndim <= a < ndim for a in axes):
-            raise ValueError(
-                f"{self} needs a kernel of (*batch, *spatial, in, out) with "
-                f"{len(self.input_shape)} spatial axes and batch_axes as many as are left, but "
-                f"the kernel has {ndim} axes."
-            )
-        return tuple(sorted(axis % ndim for axis in axes))
+        """Axes of a kernel with ``ndim`` axes that are stacks of kernels, sorted."""
+        return _kernel_batch_axes(self, ndim)
 
     def _split(self, shape: Shape) -> tuple[Shape, Shape]:
         """(batch shape, kernel shape)."""
@@ -418,6 +415,20 @@ class Conv:
         return _scale(w, factor, self.kernel_batch_axes(w.ndim))
 
 
+@lru_cache(maxsize=4096)
+def _kernel_batch_axes(view: Conv, ndim: int) -> Shape:
+    _check_split(view, ndim)
+    n_batch = ndim - len(view.input_shape) - 2
+    axes = tuple(range(n_batch)) if view.batch_axes is None else view.batch_axes
+    if n_batch < 0 or len(axes) != n_batch or not all(-ndim <= a < ndim for a in axes):
+        raise ValueError(
+            f"{view} needs a kernel of (*batch, *spatial, in, out) with "
+            f"{len(view.input_shape)} spatial axes and batch_axes as many as are left, but "
+            f"the kernel has {ndim} axes."
+        )
+    return tuple(sorted(axis % ndim for axis in axes))
+
+
 @lru_cache(maxsize=1024)
 def _output_shape(view: Conv, kernel: Shape) -> Shape:
     w, x = (jax.ShapeDtypeStruct(s, jnp.float32) for s in (kernel, view._domain(kernel)))
@@ -474,7 +485,7 @@ class Linear:
         object.__setattr__(self, "domain_shape", sizes)
 
     def __repr__(self):
-        return f"Linear({_name(self.fn)}, domain={self.domain_shape})"
+        return f"Linear({name_of(self.fn)}, domain={self.domain_shape})"
 
     def batch_shape(self, shape: Shape) -> Shape:
         return ()
@@ -564,13 +575,14 @@ class Scaled:
         return getattr(self.view, "split", None)
 
     def vector_axes(self, ndim: int) -> tuple[tuple, tuple, tuple] | None:
-        return _sharding.vector_axes(self.view, ndim)
+        return vector_axes(self.view, ndim)
 
     def batch_shape(self, shape: Shape) -> Shape:
         factor = self.factor.shape
+        whole = _mesh.whole_shape(shape, _mesh.names_here(self.split, len(shape)))
         if factor and (
             len(factor) != len(shape)
-            or any(n not in (1, size) for n, size in zip(factor, _whole(self, shape), strict=True))
+            or any(n not in (1, size) for n, size in zip(factor, whole, strict=True))
         ):
             raise ValueError(
                 f"{self}: the factor does not broadcast to a kernel of shape {shape}; give one "
@@ -585,9 +597,9 @@ class Scaled:
         """``factor * w``, the kernel that enters the product."""
         factor = jnp.asarray(self.factor, w.dtype)
         if factor.ndim:
-            names = _sharding.split_names(self, w.ndim)
-            blocks = [() if n == 1 else name for n, name in zip(factor.shape, names, strict=True)]
-            factor = jnp.broadcast_to(_sharding.own_blocks(factor, blocks), w.shape)
+            names = _mesh.names_here(self.split, w.ndim)
+            names = [() if n == 1 else entry for n, entry in zip(factor.shape, names, strict=False)]
+            factor = jnp.broadcast_to(_mesh.own_block(factor, names), w.shape)
         return w * factor
 
     def matvec(self, w: Array, x: Array) -> Array:
@@ -597,10 +609,10 @@ class Scaled:
         return self.view.scale(w, factor)
 
 
-def _whole(view: View, shape: Shape) -> Shape:
-    """The kernel's shape where ``shape`` is one device's block of it."""
-    names = _sharding.split_names(view, len(shape))
-    return _sharding.whole(shape, names) if any(names) else shape
+def vector_axes(view: View, ndim: int) -> tuple[tuple, tuple, tuple] | None:
+    """The view's own answer; None for a view that has none, whose vectors are replicated."""
+    method = getattr(view, "vector_axes", None)
+    return method(ndim) if method else None
 
 
 def check_view(view: Any, who: str, instead: str = "") -> None:
@@ -632,63 +644,6 @@ def kind_of(x: Any) -> str:
     return f"{name}, {text}" if 0 < len(text) <= 60 else name
 
 
-def check_linear(view: View, w: Array, *, in_w: bool) -> None:
-    """Raise if the view's map of ``x`` is not linear, or (``in_w``) not linear in ``w``.
-
-    By its jaxpr, and where ``w`` is no tracer also by numbers: an affine map transposes well.
-    """
-    while isinstance(view, Scaled):
-        view = view.view
-    if isinstance(view, Matrix | Conv):
-        return
-    name = _name(getattr(view, "fn", view))
-    dtype = compute_dtype(w.dtype)
-    x = jax.ShapeDtypeStruct((*view.batch_shape(w.shape), *view.domain(w.shape)), dtype)
-    weight = jax.ShapeDtypeStruct(w.shape, dtype)
-    y = jax.eval_shape(view.matvec, weight, x)
-    if not hasattr(y, "shape"):
-        raise TypeError(f"{name} returns a {type(y).__name__}; a view's map returns one array.")
-    try:
-        jax.eval_shape(lambda w, y: jax.linear_transpose(partial(view.matvec, w), x)(y), weight, y)
-    except Exception as error:
-        raise ValueError(
-            f"{name} is not linear in x: it cannot be transposed ({_first_line(error)}). A view's "
-            "map must be; leave activations, biases and normalizations out of it."
-        ) from error
-    if isinstance(w, jax.core.Tracer):
-        return
-    defects = _defects(jnp.asarray(w, dtype), view=view)
-    for what, defect in zip(("x", "w"), defects, strict=True):
-        # Not finite: the weights are, or overflow; that is reported elsewhere.
-        if (what == "x" or in_w) and bool(defect > 1e-2):
-            raise ValueError(
-                f"{name} is not linear in {what}: f(0) is not 0, or f(2 a - 3 b) not "
-                "2 f(a) - 3 f(b). Leave biases and other constants out of it."
-            )
-
-
-@partial(jax.jit, static_argnames="view")
-def _defects(w: Array, *, view: View) -> Array:
-    """By how much the map fails to be linear in x, and in w, relative to its values."""
-    shape = (*view.batch_shape(w.shape), *view.domain(w.shape))
-    a, b = jax.random.normal(jax.random.key(0), (2, *shape), w.dtype)
-    other = jnp.flip(w) + jnp.mean(w)
-
-    def defect(f, a, b):
-        parts = 2 * f(a), 3 * f(b)
-        scale = sum(jnp.max(jnp.abs(part), initial=0) for part in parts)
-        gap = jnp.max(jnp.abs(f(2 * a - 3 * b) - (parts[0] - parts[1])), initial=0)
-        ratio = gap / jnp.where(scale > 0, scale, jnp.ones_like(scale))
-        return jnp.where(jnp.any(f(jnp.zeros_like(a)) != 0), 1.0, ratio)  # however small it is
-
-    return jnp.stack(
-        [defect(partial(view.matvec, w), a, b), defect(lambda w: view.matvec(w, a), w, other)]
-    )
-
-
-def _name(function) -> str:
+def name_of(function: Any) -> str:
+    """As the author wrote it, if it has a name."""
     return getattr(function, "__name__", repr(function))
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error) or type(error).__name__).split("\n")[0]

@@ -1,4 +1,4 @@
-"""Torch checkpoints in and out, and the state as plain arrays.
+"""Torch checkpoints in and out; the state as plain arrays comes along by name.
 
 Needs NumPy and JAX only: torch tensors are read through their own ``detach().cpu().numpy()``.
 """
@@ -7,14 +7,16 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import replace
-from itertools import combinations
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 
-from sn_jax import _core, _serial
-from sn_jax._core import Params, Rules, Singular, State
+from sn_jax import _core, _rules
+from sn_jax._core import Singular, State
+from sn_jax._core import from_state_dict as from_state_dict
+from sn_jax._core import to_state_dict as to_state_dict
+from sn_jax._rules import Params, Rules
 from sn_jax._views import Conv, Matrix, Scaled, View, compute_dtype
 
 # The end of a key in a torch state dict -> what it holds; None: no parameter, left aside.
@@ -85,9 +87,9 @@ def from_torch(
         ``Matrix`` is also the view of the entry in the state. Otherwise that is the matrix which
         torch flattens to, also for a ``Conv``, of whose operator torch has no vectors.
       names: torch's module -> Flax module, such as ``{"main.0": "Conv_0"}``. Modules it does not
-        name are matched in order of appearance, which in Flax is that of the first calls. Where
-        jit or eval_shape have sorted the keys, siblings with numbers are matched in the order of
-        these (``Conv_2`` before ``Conv_10``), and others by ``names``.
+        name are matched by equal names, then by their shapes, and where several have the same by
+        the numbers in their names (``Conv_2`` before ``Conv_10``). What these leave open raises:
+        an order of appearance alone decides nothing.
 
     Returns:
       (params, State): parameters like ``template``; sigma in the state is ``<u, W v>``.
@@ -195,118 +197,10 @@ def to_torch(
     if unused:
         raise ValueError(
             f"The state has entries that the torch model does not normalize: "
-            f"{_core.listed(unused)}. Leave them out, with the parameters normalized or raw as "
+            f"{_rules.listed(unused)}. Leave them out, with the parameters normalized or raw as "
             "torch shall have them, or take the template from a model with spectral_norm there."
         )
     return result
-
-
-def to_state_dict(state: State) -> dict[str, Any]:
-    """A state as nested dicts of NumPy arrays and a version, for any checkpoint format.
-
-    The views are not stored: they come from the template when it is read. Sharded states need
-    not pass through here; a ``State`` is a pytree of arrays.
-
-    Args:
-      state: from ``sn_jax.init``.
-
-    Returns:
-      dict: ``{"version": 1, "state": {path: {"u": ..., "v": ..., "sigma": ...}}}``.
-
-    Raises:
-      TypeError: ``state`` is not a state.
-
-    Example:
-      >>> import jax, sn_jax
-      >>> state = sn_jax.init({"kernel": jnp.ones((2, 3))}, jax.random.key(0))
-      >>> plain = to_state_dict(state)
-      >>> plain["version"], plain["state"]["kernel"]["u"].shape
-      (1, (1, 3))
-    """
-    _core.check_state(state)
-    entries = {path: {name: np.asarray(getattr(entry, name)) for name in _serial.ARRAYS}
-               for path, entry in state.items()}  # fmt: skip
-    return {"version": _serial.VERSION, "state": entries}
-
-
-def from_state_dict(d: Mapping[str, Any], template: State | Mapping[str, View]) -> State:
-    """The state that ``to_state_dict``, or a checkpoint library, made plain.
-
-    Args:
-      d: the result of ``to_state_dict``, or what a checkpoint library made of it; or the nested
-        dicts ``{path: {"u": ..., "v": ..., "sigma": ...}}`` that one reads without a template
-        from a checkpoint that was written of a ``State`` itself.
-      template: a state of the same model (``jax.eval_shape`` of ``sn_jax.init`` will do): paths,
-        shapes, dtypes and views are taken from it. Or the views alone, path -> view: then
-        shapes and dtypes are those of ``d``, and are checked when parameters come.
-
-    Returns:
-      State: like ``template``, with copies of the arrays of ``d``.
-
-    Raises:
-      ValueError: another version, other paths or other shapes than the template's.
-      TypeError: ``template`` is neither a state nor views.
-
-    Example:
-      >>> import jax, sn_jax
-      >>> state = sn_jax.init({"kernel": jnp.ones((2, 3))}, jax.random.key(0))
-      >>> template = sn_jax.init({"kernel": jnp.ones((2, 3))}, jax.random.key(1))
-      >>> again = from_state_dict(to_state_dict(state), template)
-      >>> bool(jnp.all(again["kernel"].u == state["kernel"].u))
-      True
-      >>> again = from_state_dict(to_state_dict(state), {"kernel": sn_jax.Matrix()})
-      >>> jax.tree.structure(again) == jax.tree.structure(state)
-      True
-    """
-    by_views = isinstance(template, Mapping) and all(
-        isinstance(like, View) and not isinstance(like, type) for like in template.values()
-    )
-    if not by_views:
-        _core.check_state(template, " Views alone, path -> view, will do, too.")
-    if not isinstance(d, Mapping) or not (
-        {"version", "state"} <= d.keys()
-        or all(isinstance(x, Mapping) and {*_serial.ARRAYS} <= x.keys() for x in d.values())
-    ):
-        raise ValueError(
-            "This is no result of sn_jax.convert.to_state_dict: that has the keys 'version' and "
-            "'state', or is a state read as dicts, path -> u, v and sigma; got "
-            f"{sorted(d) if isinstance(d, Mapping) else type(d).__name__}."
-        )
-    entries = d
-    if "version" in d:
-        _serial.check_version(d["version"])
-        entries = d["state"]
-    missing, unknown = template.keys() - entries.keys(), entries.keys() - template.keys()
-    if missing or unknown:
-        raise ValueError(
-            f"The stored state is of another model than the template. Only the template has: "
-            f"{_core.listed(sorted(missing))}; only the stored state has: "
-            f"{_core.listed(sorted(unknown))}. Make the template by sn_jax.init with the "
-            "parameters and rules of the model that was saved."
-        )
-    return {
-        path: _serial.restored(
-            entries[path], _as_stored(entries[path], like, path) if by_views else like, path
-        )
-        for path, like in template.items()
-    }
-
-
-def _as_stored(entry: Mapping[str, Any], view: View, path: str) -> Singular:
-    """A template for one entry from its own shapes, as far as they fit each other."""
-    shapes = {name: np.shape(entry[name]) for name in _serial.ARRAYS if name in entry}
-    lead = len(shapes.get("sigma", ())) + 1
-    if len(shapes) < 3 or not (
-        len(shapes["u"]) >= lead
-        and shapes["u"][:lead] == shapes["v"][:lead]
-        and shapes["u"][: lead - 1] == shapes["sigma"]
-    ):
-        raise ValueError(
-            f"{path} is stored with the shapes {shapes}, which are those of no u (*batch, k, "
-            "*codomain), v (*batch, k, *domain) and sigma (*batch,): give what was written of a "
-            "state."
-        )
-    return Singular(**{name: np.asarray(entry[name]) for name in _serial.ARRAYS}, view=view)
 
 
 # One torch module matched with one Flax module.
@@ -337,6 +231,8 @@ class _Layout(NamedTuple):
 def _layouts(leaf_name: str, torch_shape, shape) -> dict[str, _Layout]:
     """What the layer can be, by name, to judge from the shapes of its weight."""
     n = len(torch_shape)
+    if n != len(shape):
+        return {}
     space = tuple(range(2, n))
     if leaf_name != "kernel":
         layouts = {leaf_name: _Layout(tuple(range(n)), 0)}
@@ -420,39 +316,50 @@ def _matched(state_dict, tree, views, names) -> list[_Module]:
     """Torch's modules with their Flax partners, checked against each other."""
     torch_modules, flax_modules = _torch_modules(state_dict), _flax_modules(tree)
     paths = {_joined(path, leaf) for path, leaves in flax_modules.items() for leaf in leaves}
-    view_of = _core.compile_rules(views, paths)
+    view_of = _rules.compile_rules(views, paths)
+    arrays = {
+        name: {field: _as_array(state_dict[key]) for field, key in keys.items()}
+        for name, keys in torch_modules.items()
+    }
     matched = []
-    for name, module in _paired(torch_modules, flax_modules, tree, names or {}).items():
-        keys, leaves = torch_modules[name], flax_modules[module]
-        arrays = {field: _as_array(state_dict[key]) for field, key in keys.items()}
-        weights = [leaf for leaf in leaves if leaf in _FLAX_WEIGHTS]
-        layouts = {}
-        if len(weights) == 1 and {"weight", *leaves} - {*weights} == keys.keys() - {"u", "v"}:
-            layouts = _layouts(weights[0], arrays["weight"].shape, leaves[weights[0]].shape)
-            if "bias" in leaves and arrays["bias"].shape != leaves["bias"].shape:
-                layouts = {}
+    for name, module in _paired(arrays, flax_modules, names or {}).items():
+        leaves, layouts = flax_modules[module], _fitting(arrays[name], flax_modules[module])
         if not layouts:
-            torch_side = {field: x.shape for field, x in arrays.items() if field not in "uv"}
-            flax_side = {leaf: x.shape for leaf, x in leaves.items()}
-            raise ValueError(
-                f"Torch's module {name!r} ({_shapes(torch_side)}) does not fit the template's "
-                f"{module!r} ({_shapes(flax_side)}), with which it is matched. Modules are "
-                "matched in order of appearance; where the orders differ, give "
-                f"names={{{name!r}: <path of its Flax module>, ...}}."
-            )
-        path = _joined(module, weights[0])
+            _raise_misfit(name, arrays[name], module, leaves)
+        (weight,) = (leaf for leaf in leaves if leaf in _FLAX_WEIGHTS)
+        path = _joined(module, weight)
         view = view_of(path, None)
-        layout = _chosen(path, name, layouts, view, arrays)
         matched.append(
             _Module(
-                name, keys, arrays, path, leaves[weights[0]],
-                _joined(module, "bias"), leaves.get("bias"), layout, view,
+                name, torch_modules[name], arrays[name], path, leaves[weight],
+                _joined(module, "bias"), leaves.get("bias"),
+                _layout(path, name, layouts, view, arrays[name]), view,
             )
         )  # fmt: skip
     return matched
 
 
-def _chosen(path, name, layouts, view, arrays) -> _Layout:
+def _fitting(arrays, leaves) -> dict[str, _Layout]:
+    """What a torch module with these arrays can be as the Flax module with these leaves."""
+    weights = [leaf for leaf in leaves if leaf in _FLAX_WEIGHTS]
+    if len(weights) != 1 or {"weight", *leaves} - {*weights} != arrays.keys() - {"u", "v"}:
+        return {}
+    if "bias" in leaves and arrays["bias"].shape != leaves["bias"].shape:
+        return {}
+    return _layouts(weights[0], arrays["weight"].shape, leaves[weights[0]].shape)
+
+
+def _raise_misfit(name, arrays, module, leaves):
+    torch_side = {field: x.shape for field, x in arrays.items() if field not in "uv"}
+    flax_side = {leaf: x.shape for leaf, x in leaves.items()}
+    raise ValueError(
+        f"Torch's module {name!r} ({_shapes(torch_side)}) does not fit the template's {module!r} "
+        f"({_shapes(flax_side)}), or any other that is left for it. Where names= says which is "
+        f"which, correct it: names={{{name!r}: <path of its Flax module>, ...}}."
+    )
+
+
+def _layout(path, name, layouts, view, arrays) -> _Layout:
     """The layout that the view tells, where the shapes leave more than one."""
     transposed = "ConvTranspose(transpose_kernel=True)"
     said = list(layouts)
@@ -516,7 +423,7 @@ def _torch_modules(state_dict) -> dict[str, dict[str, str]]:
         # PyTorch 0.4 and older keep u alone.
         if {"u", "v"} & fields.keys() not in ([set()] if plain else [{"u"}, {"u", "v"}]):
             raise ValueError(
-                f"Torch's module {module!r} has only {_core.listed(fields.values())}: a weight "
+                f"Torch's module {module!r} has only {_rules.listed(fields.values())}: a weight "
                 "under spectral_norm comes with its u and v, and a plain one without. Other "
                 "parametrizations must be removed first "
                 "(torch.nn.utils.parametrize.remove_parametrizations)."
@@ -525,13 +432,13 @@ def _torch_modules(state_dict) -> dict[str, dict[str, str]]:
 
 
 def _flax_modules(tree) -> dict[str, dict[str, Any]]:
-    """module path -> {leaf name: leaf}, in order of appearance."""
+    """module path -> {leaf name: leaf}."""
     if not isinstance(tree, Mapping):
         raise ValueError(
             f"The Flax parameters must be nested dicts, as variables['params'] are; got "
             f"{type(tree).__name__}."
         )
-    modules, order_lost = {}, _sorted(tree)
+    modules = {}
 
     def walk(tree, path):
         leaves = {str(name): x for name, x in tree.items() if not isinstance(x, Mapping)}
@@ -543,72 +450,109 @@ def _flax_modules(tree) -> dict[str, dict[str, Any]]:
                 )
         if leaves:
             modules[path] = leaves
-        names = [name for name, x in tree.items() if isinstance(x, Mapping)]
-        for name in _by_number(names) if order_lost else names:
-            walk(tree[name], _joined(path, name))
+        for name, x in tree.items():
+            if isinstance(x, Mapping):
+                walk(x, _joined(path, name))
 
     walk(tree, "")
     return modules
 
 
-def _by_number(names: list) -> list:
-    """Names in their order, but those that differ by their last number in the order of that."""
-    stems: dict[str, list] = {}
-    for name in names:
-        stems.setdefault(re.sub(r"\d+$", "", str(name)), []).append(name)
-    numbered = {
-        stem: iter(sorted(group, key=lambda name: int(str(name)[len(stem) :] or -1)))
-        for stem, group in stems.items()
-    }
-    return [next(numbered[re.sub(r"\d+$", "", str(name))]) for name in names]
+def _paired(arrays, flax_modules, names) -> dict[str, str]:
+    """torch module -> Flax module: as names says, by equal names, by shapes, by numbers.
 
+    Args:
+      arrays: torch module -> its arrays.
+      flax_modules: path -> leaves.
+      names: the user's.
 
-def _paired(torch_modules, flax_modules, tree, names) -> dict[str, str]:
-    """torch module -> Flax module: by names, the rest in order of appearance."""
+    Raises:
+      ValueError: names has what is not there; one side has more modules; one fits none; several
+        that fit each other are told apart neither by their names nor by numbers in them.
+    """
     for given, known, side in (
-        (names.keys(), torch_modules, "torch's state_dict"),
+        (names.keys(), arrays, "torch's state_dict"),
         (names.values(), flax_modules, "the template"),
     ):
         unknown = [name for name in given if name not in known]
         if unknown or len(set(given)) < len(given):
             raise ValueError(
-                f"names has {_core.listed(unknown or given)} for {side}, which "
+                f"names has {_rules.listed(unknown or given)} for {side}, which "
                 + ("is no module there" if unknown else "names a module twice")
-                + f". The modules with parameters are: {_core.listed(known)}."
+                + f". The modules with parameters are: {_rules.listed(known)}."
             )
-    rest = [name for name in torch_modules if name not in names]
+    rest = [name for name in arrays if name not in names]
     targets = [path for path in flax_modules if path not in names.values()]
     if len(rest) != len(targets):
         raise ValueError(
-            f"Torch's state_dict has {len(rest)} modules with parameters ({_core.listed(rest)}), "
-            f"and the template has {len(targets)} ({_core.listed(targets)}). Each needs a "
-            "partner: take out what is not in the other model, and give names= where their order "
-            "differs."
+            f"Torch's state_dict has {len(rest)} modules with parameters ({_rules.listed(rest)}), "
+            f"and the template has {len(targets)} ({_rules.listed(targets)}). Each needs a "
+            "partner: take out what is not in the other model, and give names= where names differ."
         )
-    if _sorted(tree):
-        shapes = {path: {k: tuple(x.shape) for k, x in flax_modules[path].items()}
-                  for path in targets}  # fmt: skip
-        for a, b in combinations(targets, 2):
-            if shapes[a] == shapes[b] and re.sub(r"\d+", "", a) != re.sub(r"\d+", "", b):
-                raise ValueError(
-                    f"{a!r} and {b!r} of the template have the same shapes, and the template's "
-                    "keys are sorted, so that their order says nothing (jax.jit and jax.tree.map "
-                    "sort keys): give names={torch module: Flax module}, or as template what "
-                    "model.init returned without jit."
-                )
-    return {**names, **dict(zip(rest, targets, strict=True))}
+    pairs, fits = dict(names), {}
+    for name, path in zip(rest, targets, strict=True):
+        fits[name] = [p for p in targets if _fitting(arrays[name], flax_modules[p])]
+        if not fits[name]:
+            _raise_misfit(name, arrays[name], path, flax_modules[path])
+    for name in rest:
+        same = [path for path in fits[name] if _words(path) == _words(name)]
+        if len(same) == 1:
+            pairs[name] = same[0]
+    for group, partners in _groups({t: [p for p in paths if p not in pairs.values()]
+                                    for t, paths in fits.items() if t not in pairs}):  # fmt: skip
+        found = _by_names(group, [path for path in targets if path in partners])
+        if not found or not all(found[name] in fits[name] for name in group):
+            raise ValueError(
+                f"Torch's {_rules.listed(group)} and the template's {_rules.listed(partners)} fit "
+                "each other by their shapes, and neither names nor numbers in them say which is "
+                f"which: give names={{{group[0]!r}: <path of its Flax module>, ...}}."
+            )
+        pairs |= found
+    return {name: pairs[name] for name in arrays}
 
 
-def _sorted(tree) -> bool:
-    """Whether the keys may have been sorted: jax.jit and jax.tree.map return dicts so."""
-    names = [str(name) for name in tree]
-    return names == sorted(names) and all(
-        _sorted(x) for x in tree.values() if isinstance(x, Mapping)
-    )
+def _words(name: str) -> list[str]:
+    return re.split("[./]", name.lower())
+
+
+def _groups(fits: Mapping[str, list[str]]) -> list[tuple[list[str], list[str]]]:
+    """Connected parts of who fits whom: (torch modules, Flax modules)."""
+    groups: list[tuple[list[str], list[str]]] = []
+    for name, paths in fits.items():
+        touched = [group for group in groups if {*group[1]} & {*paths}]
+        merged = [n for group in touched for n in group[0]] + [name]
+        partners = dict.fromkeys(path for group in (*touched, ([], paths)) for path in group[1])
+        groups = [group for group in groups if group not in touched] + [(merged, [*partners])]
+    return groups
+
+
+def _by_names(group: list[str], partners: list[str]) -> dict[str, str]:
+    """Partners by kinds of names, and of each kind by the numbers in them; {} if they do not say.
+
+    A kind is a name without its numbers. Where both sides have one kind these go together, else
+    those whose last words are the same.
+    """
+    ours, theirs = _kinds(group), _kinds(partners)
+    if len(ours) == len(theirs) == 1:
+        pairs = [(*ours.values(), *theirs.values())]
+    else:
+        by_word = {_words(kind)[-1].strip("_"): paths for kind, paths in theirs.items()}
+        pairs = [(x, by_word.pop(_words(kind)[-1].strip("_"), [])) for kind, x in ours.items()]
+    if any(len(names) != len(paths) for names, paths in pairs):
+        return {}
+    return {name: path for one in pairs for name, path in zip(*one, strict=True)}
+
+
+def _kinds(names: list[str]) -> dict[str, list[str]]:
+    """Name without numbers -> names, by their numbers."""
+    kinds: dict[str, list[str]] = {}
+    for name in sorted(names, key=lambda name: [int(n) for n in re.findall(r"\d+", name)]):
+        kinds.setdefault(re.sub(r"\d+", "", name), []).append(name)
+    return kinds
 
 
 def _with_leaves(tree, changed: Mapping[str, Any], path: str = ""):
-    """Not by jax.tree: that would sort the keys, whose order the next conversion needs."""
+    """Not by jax.tree, which would sort the keys: people look at them in the order of the model."""
     if not isinstance(tree, Mapping):
         return changed[path]
     return type(tree)(

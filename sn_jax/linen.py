@@ -20,7 +20,7 @@ from flax.linen.dtypes import promote_dtype
 from flax.linen.linear import ConvLocal
 from flax.linen.recurrent import DenseParams
 
-from sn_jax import _core, _flax, _trace
+from sn_jax import _core, _flax, _rules, _trace
 from sn_jax._views import Matrix, View
 
 ConvView = Literal["reshape", "operator"]
@@ -39,7 +39,7 @@ def views(
     variables: Mapping[str, Any],
     *args: Any,
     conv: ConvView = "reshape",
-    rules: _core.Rules | None = None,
+    rules: _rules.Rules | None = None,
     rngs: Any = None,
     method: Any = None,
     **kwargs: Any,
@@ -91,7 +91,7 @@ def views(
     params = meta.unbox(variables["params"])
     others = {name: value for name, value in variables.items() if name != "params"}
     uses, beside = _traced(module, params, others, args, kwargs, conv, rngs, method)
-    leaves = _core.named_leaves(params)
+    leaves = _rules.named_leaves(params)
     return _flax.resolve(leaves, uses, beside, rules, "sn_jax.linen.views").views
 
 
@@ -109,7 +109,7 @@ def _traced(module, params, others, args, kwargs, conv, rngs, method):
         layer, kind = context.module, _kind(context.module)
         own = type(layer) is not kind and layer.scope is not None
         if own and context.method_name != "setup":
-            for name in _core.WEIGHT_NAMES:
+            for name in _rules.WEIGHT_NAMES:
                 if layer.has_variable("params", name):
                     jax.tree.map(_trace.seen_as, layer.get_variable("params", name))
         if kind is None or context.method_name == "setup":
@@ -202,7 +202,7 @@ def _stock_view(layer: nn.Module, args, kwargs, conv: ConvView) -> dict[str, Vie
     """The view of a stock layer's kernel, which needs no trace; empty for all others."""
     if type(layer) not in _ADAPTERS or any(
         getattr(layer, f.name) is not f.default
-        for f in dataclasses.fields(layer) if f.name in _core.PRODUCT
+        for f in dataclasses.fields(layer) if f.name in _flax.PRODUCT
     ):  # fmt: skip
         return {}
     name, adapter = _ADAPTERS[type(layer)]
@@ -404,12 +404,12 @@ def load_state(
     places = _places(variables, collection_name)
     if places.keys() != state.keys():
         raise ValueError(
-            f"The wrappers normalize {_core.listed(places)}, but the state holds "
-            f"{_core.listed(state)}: give a Singular for each. (A composite that is made in place, "
+            f"The wrappers normalize {_rules.listed(places)}, but the state holds "
+            f"{_rules.listed(state)}: give a Singular for each. (A composite made in place, "
             "such as SpectralNorm(nn.Sequential([...])) in @nn.compact, keeps its parameters under "
             "other paths and cannot be loaded so; make it in setup.)"
         )
-    new = _core.named_leaves(params)
+    new = _rules.named_leaves(params)
     raw = traverse_util.flatten_dict(variables["params"])
     loaded = {}
     for key, leaf in raw.items():
@@ -599,7 +599,7 @@ class SpectralNorm(nn.Module):
         n_steps = self.n_steps or (15 if self.stateless else 1)
         if not self.store_v or self.stateless:
             return n_steps
-        return _core.chosen(update_stats, n_steps, 0)
+        return _flax.choice(update_stats, n_steps, 0)
 
     @property
     def _layer(self) -> str:
@@ -724,9 +724,9 @@ class SpectralNorm(nn.Module):
                 path in leaves
                 and context.method_name == "__call__"
                 and type(layer) in _DENSE
-                and _core.is_plain_product(layer, _DENSE[type(layer)])
+                and _flax.is_plain_product(layer, _DENSE[type(layer)])
             ):
-                with _attribute(layer, "dot_general", _core.scaled_product(leaves[path])):
+                with _attribute(layer, "dot_general", _flax.scaled_product(leaves[path])):
                     return next_fun(*args, **kwargs)
             return next_fun(*args, **kwargs)
 
@@ -767,7 +767,7 @@ class SpectralNorm(nn.Module):
         """``_flax.Resolved``: what is normalized as stored, and what where it enters a product."""
         if self.error_on_non_matrix:
             for path, w in params.items():
-                if path.rpartition("/")[2] in _core.WEIGHT_NAMES and w.ndim > 2:
+                if path.rpartition("/")[2] in _rules.WEIGHT_NAMES and w.ndim > 2:
                     raise ValueError(
                         f"{self.layer_instance.name}/{path} has shape {w.shape} and "
                         "error_on_non_matrix is True; leave it False to normalize it."
@@ -828,14 +828,14 @@ class SpectralNorm(nn.Module):
                     f"The collection {self.collection_name!r} has {self._key(path, 'u')} but no "
                     f"{name} beside it: pass all that init returned (with the same store_v)."
                 )
-        state = _core.stored_state(w, view, kept["u"], kept["sigma"])
+        state = _flax.stored_state(w, view, kept["u"], kept["sigma"])
         return dataclasses.replace(state, v=kept["v"]) if self.store_v else state
 
     @nn.nowrap
     def _store(self, path, old, new, update_stats):
         if self.is_mutable_collection(self.collection_name):
             for name in self._kept:
-                value = _core.chosen(update_stats, getattr(new, name), getattr(old, name))
+                value = _flax.choice(update_stats, getattr(new, name), getattr(old, name))
                 self.put_variable(self.collection_name, self._key(path, name), value)
 
 

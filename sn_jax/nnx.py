@@ -15,7 +15,7 @@ import numpy as np
 from flax import nnx
 from flax.nnx.nn.dtypes import promote_dtype
 
-from sn_jax import _core, _flax, _trace
+from sn_jax import _core, _flax, _rules, _trace
 from sn_jax._nnx import (
     HashableDict,
     Stats,
@@ -35,7 +35,7 @@ def views(
     model: nnx.Module,
     *args: Any,
     conv: ConvView = "reshape",
-    rules: _core.Rules | None = None,
+    rules: _rules.Rules | None = None,
     method: Method = "__call__",
     **kwargs: Any,
 ) -> dict[str, View]:
@@ -237,7 +237,7 @@ def _is_known(layer: nnx.Module) -> bool:
 
 
 # Attributes by which a layer's product can be its own, and their values that are Flax's.
-_STOCK_PRODUCTS = dict.fromkeys(_core.PRODUCT, ()) | {
+_STOCK_PRODUCTS = dict.fromkeys(_flax.PRODUCT, ()) | {
     "promote_dtype": (promote_dtype,),
     "dot_general": (jax.lax.dot_general,),
     "conv_general_dilated": (jax.lax.conv_general_dilated,),
@@ -397,11 +397,11 @@ class SpectralNorm(nnx.Module):
         error_on_non_matrix: bool = False,
         update_stats: bool = True,
         rngs: nnx.Rngs,
-        bound: _core.Bound = 1.0,
+        bound: _core.Norms = 1.0,
         mode: Literal["divide", "clip"] = "divide",
         gradient: Literal["through", "stop"] = "through",
         conv: ConvView = "reshape",
-        rules: _core.Rules | None = None,
+        rules: _rules.Rules | None = None,
         n_vectors: int = 1,
         warmup: int = 15,
         use_scale: bool = False,
@@ -431,7 +431,7 @@ class SpectralNorm(nnx.Module):
         self.use_running_average = not update_stats
 
         params = _params(nnx.state(layer_instance, nnx.Param))
-        found, sizes, given = {}, [], _core.compile_rules(rules, params)
+        found, sizes, given = {}, [], _rules.compile_rules(rules, params)
         for path, layer in nnx.iter_modules(layer_instance):
             kind = _kind(layer)
             key = name_of((*path, _ADAPTERS[kind].name)) if kind else None
@@ -449,7 +449,7 @@ class SpectralNorm(nnx.Module):
                     sizes.append(key)
         if sizes:
             raise ValueError(
-                f'{what}: conv="operator" needs the size of the input of {_core.listed(sizes)}, '
+                f'{what}: conv="operator" needs the size of the input of {_rules.listed(sizes)}, '
                 "which a layer that has not run does not tell: give "
                 'rules=sn_jax.nnx.views(layer, x, conv="operator").'
             )
@@ -562,7 +562,7 @@ class SpectralNorm(nnx.Module):
         if missing:
             raise ValueError(
                 f"SpectralNorm around {type(layer).__name__} normalizes "
-                f"{_core.listed(sorted(missing))}, which the layer holds no longer under this "
+                f"{_rules.listed(sorted(missing))}, which the layer holds no longer under this "
                 "path (a shared layer goes by the first of its names): wrap the layer as it is now."
             )
         seen = self._seen(graphdef, state, args, kwargs, method)
@@ -579,8 +579,8 @@ class SpectralNorm(nnx.Module):
             name = name_of((*path, _ADAPTERS[kind].name)) if kind else None
             if name in seen.at_product:
                 _at_product(part, self._normalizer(name, seen.at_product[name], update_stats))
-            elif scaled and stock and name in leaves and _core.is_plain_product(part, stock):
-                part.dot_general = _core.scaled_product(leaves[name])
+            elif scaled and stock and name in leaves and _flax.is_plain_product(part, stock):
+                part.dot_general = _flax.scaled_product(leaves[name])
         out = twin.run(method, args, kwargs)
         return self if out is layer else out
 
@@ -612,7 +612,7 @@ class SpectralNorm(nnx.Module):
         unknown = {*seen.views, *seen.at_product} - {path for path, _ in options.views}
         if unknown:
             raise ValueError(
-                f"{who} has no state for {_core.listed(sorted(unknown))}, which this call uses as "
+                f"{who} has no state for {_rules.listed(sorted(unknown))}, which this call uses as "
                 "kernels: name them by rules when it is made, with sn_jax.nnx.views(layer, x)."
             )
         return seen
@@ -651,7 +651,7 @@ class SpectralNorm(nnx.Module):
         options, old = self._options, self._stored(name, w, view)
         n_steps = options.n_steps
         if options.store_v:
-            n_steps = _core.chosen(update_stats, n_steps, 0)
+            n_steps = _flax.choice(update_stats, n_steps, 0)
         if warm and not options.stateless and not options.known:
             first = jnp.all(old.sigma == 0)
             n_steps = jnp.where(first, max(options.n_steps, options.warmup), n_steps)
@@ -690,13 +690,13 @@ class SpectralNorm(nnx.Module):
         stats = self.batch_stats.at(name.split("/"))
         if self._options.store_v:
             return _core.Singular(*(stats[key][...] for key in ("u", "v", "sigma")), view)
-        return _core.stored_state(w, view, stats["u"][...], stats["sigma"][...])
+        return _flax.stored_state(w, view, stats["u"][...], stats["sigma"][...])
 
     def _store(self, name, old, new, update_stats):
         if not self._options.stateless and update_stats is not False:
             stats = self.batch_stats.at(name.split("/"))
             for key in self._stored_fields():
-                stats[key][...] = _core.chosen(update_stats, getattr(new, key), getattr(old, key))
+                stats[key][...] = _flax.choice(update_stats, getattr(new, key), getattr(old, key))
 
 
 def _is_method(attribute: Any) -> bool:
@@ -742,7 +742,7 @@ def _dense_layers() -> dict[type, nnx.Module]:
 
 
 def wrap(
-    model: nnx.Module, rules: _core.Rules | None = None, *, rngs: nnx.Rngs, **options: Any
+    model: nnx.Module, rules: _rules.Rules | None = None, *, rngs: nnx.Rngs, **options: Any
 ) -> SpectralNorm:
     """One SpectralNorm at the root of a built model: every kernel is normalized at every call.
 
@@ -841,7 +841,7 @@ def bake(model: nnx.Module, *args: Any, **kwargs: Any) -> nnx.Module:
             if unused:
                 raise ValueError(
                     f"{where} is around {layer}, which may change a kernel before its product, "
-                    f"and this call does not use {_core.listed(unused)}: give a method that does, "
+                    f"and this call does not use {_rules.listed(unused)}: give a method that does, "
                     "such as method=lambda model, x: model.decode(model.encode(x)), or wrap it "
                     "with rules from sn_jax.nnx.views."
                 )
@@ -937,7 +937,7 @@ def load_state(model: nnx.Module, params: _core.Params, state: _core.State) -> N
     """
     kernels, wrappers = _kernels(model, "load_state"), _wrappers(model, "load_state")
     _core.check_state(state, " The order is (model, params, state).")
-    leaves, targets = _core.named_leaves(params), {}
+    leaves, targets = _rules.named_leaves(params), {}
     for path, v in nnx.to_flat_state(nnx.state(model, nnx.Param)):
         (n, key) = next(((n, path[n]) for n in range(len(path)) if path[:n] in wrappers), (0, ""))
         if key != "scales":
@@ -947,8 +947,8 @@ def load_state(model: nnx.Module, params: _core.Params, state: _core.State) -> N
         if missing or unknown:
             raise ValueError(
                 f"load_state: {what} needs exactly the paths of the plain model"
-                + (f"; missing: {_core.listed(missing)}" if missing else "")
-                + (f"; unknown: {_core.listed(unknown)}" if unknown else "")
+                + (f"; missing: {_rules.listed(missing)}" if missing else "")
+                + (f"; unknown: {_rules.listed(unknown)}" if unknown else "")
                 + "."
             )
     new = [(path, targets[path], leaf) for path, leaf in leaves.items()]

@@ -12,8 +12,10 @@ import jax.numpy as jnp
 import optax
 from jax import Array, lax
 
-from sn_jax import _core, _power, _serial, _sharding
-from sn_jax._core import Bound, Rules, State
+from sn_jax import _core, _mesh, _power, _rules, _serial
+from sn_jax._core import Norms, State
+from sn_jax._operator import Operator
+from sn_jax._rules import Rules
 from sn_jax._views import View, compute_dtype
 
 # Half of what exact=True promises; the rest is for the error of the norm itself.
@@ -39,7 +41,7 @@ def project_spectral_norm(
     rules: Rules | None,
     key: chex.PRNGKey,
     *,
-    bound: Bound = 1.0,
+    bound: Norms = 1.0,
     n_steps: int | Array | None = None,
     exact: bool = False,
 ) -> optax.GradientTransformation:
@@ -127,7 +129,7 @@ def project_spectral_norm(
             )
         state = state.singular
         stepped = optax.apply_updates(params, updates)
-        old, mid, us = (_core.named_leaves(tree) for tree in (params, stepped, updates))
+        old, mid, us = (_rules.named_leaves(tree) for tree in (params, stepped, updates))
         if exact:
             bounds = _core.bounds_by_path(bound, state)
             projected, new_state = {}, {}
@@ -139,10 +141,10 @@ def project_spectral_norm(
             tree, new_state = _core.spectral_normalize(
                 stepped, state, n_steps=n_steps, bound=bound, mode="clip", gradient="stop"
             )
-            projected = _core.named_leaves(tree)
+            projected = _rules.named_leaves(tree)
         changed = {path: _difference(projected[path], mid[path], old[path], us[path])
                    for path in state}  # fmt: skip
-        return _core.with_leaves(updates, changed), ProjectSpectralNormState(new_state)
+        return _rules.with_leaves(updates, changed), ProjectSpectralNormState(new_state)
 
     return optax.GradientTransformation(init, update)
 
@@ -163,7 +165,7 @@ def _rules_here(rules: Rules | None, params: chex.ArrayTree) -> Rules | None:
 
     if rules is None or not any(map(is_hidden, jax.tree.leaves(params, is_leaf=is_hidden))):
         return rules
-    return _core.matching_rules(rules, _core.named_leaves(params)) or rules
+    return _rules.matching_rules(rules, _rules.named_leaves(params)) or rules
 
 
 def _difference(projected, stepped, w, update):
@@ -176,14 +178,16 @@ def _difference(projected, stepped, w, update):
 @partial(jax.jit, static_argnames="view")
 def _project(stepped, w, bound, update_eps, *, view):
     """``stepped`` in the ball, so far that ``w`` plus the rounded difference is; and its norm."""
-    if any(_sharding.split_names(view, w.ndim)):
+    operator = Operator(view, w)
+    if operator.is_split:
         raise ValueError(
             f"exact=True needs the whole of a kernel of shape {w.shape} on each device, but "
             f"{view} says that shard_map splits it: use exact=False there, or project outside."
         )
-    batch = _sharding.types(view, w)[0]
     run = partial(_exact_factor, view)
-    factor, sigma = _sharding.lift_types(run, w, (batch, batch))(stepped, w, bound, update_eps)
+    if _mesh.is_explicit(w):
+        run = _mesh.on_automatic_axes(run, (operator.types()[0],) * 2)
+    factor, sigma = run(stepped, w, bound, update_eps)
     return view.scale(stepped, factor), sigma
 
 
@@ -222,13 +226,11 @@ def _explicit_norm(view: View, w: Array) -> Array:
 
 def _explicit(view: View, w: Array) -> Array:
     """(*batch, k, n): the matrix of the map, or its transpose, whichever has k <= n."""
-    batch, domain = view.batch_shape(w.shape), view.domain(w.shape)
-    x = jax.ShapeDtypeStruct((*batch, *domain), w.dtype)
-    apply = partial(view.matvec, w)
-    side, other = domain, jax.eval_shape(apply, x).shape[len(batch) :]
+    operator = Operator(view, w)
+    batch, side, other = operator.spaces
+    apply = operator.mv
     if math.prod(other) < math.prod(side):
-        transpose = jax.linear_transpose(apply, x)
-        side, other, apply = other, side, lambda y: transpose(y)[0]
+        side, other, apply = other, side, operator.rmv
     k, columns = math.prod(side), math.prod(other)
     if k > _MOST:
         raise ValueError(

@@ -293,38 +293,64 @@ def linear(name, shape=(2, 3), bias=True):
     return leaves | ({f"{name}.bias": np.zeros(shape[-1])} if bias else {})
 
 
-def test_order_and_names():
-    torch = linear("a") | linear("bb") | linear("ccc", bias=False)
+def test_numbers_and_names():
+    torch = linear("1") | linear("22") | linear("333", bias=False)
     template = {"Dense_0": dense(), "Dense_1": dense(), "Dense_2": dense(bias=False)}
     params, state = from_torch(torch, template)
     assert state == {}
     assert [float(params[k]["kernel"][0, 0]) for k in params] == [1, 2, 3]
-    params, _ = from_torch(torch, template, names={"a": "Dense_1"})
+    params, _ = from_torch(torch, template, names={"1": "Dense_1"})
     assert [float(params[k]["kernel"][0, 0]) for k in params] == [2, 1, 3]
-    nested = {"enc": {"b": dense(), "a": {"x": dense(bias=False)}}, "head": dense()}
-    params, _ = from_torch(torch, nested, names={"ccc": "enc/a/x"})
-    assert float(params["head"]["kernel"][0, 0]) == 2
-    assert list(params["enc"]) == ["b", "a"], "the order is kept for the next conversion"
     frozen, _ = from_torch(torch, flax.core.freeze(template))
     assert isinstance(frozen, flax.core.FrozenDict)
+
+
+def test_what_neither_names_nor_shapes_tell_apart_asks_for_names():
+    torch = linear("1") | linear("22") | linear("333", bias=False)
+    nested = {"enc": {"b": dense(), "a": {"x": dense(bias=False)}}, "head": dense()}
+    with pytest.raises(ValueError, match=r"Torch's 1, 22 and the template's enc/b, head fit.*'1'"):
+        from_torch(torch, nested)
+    params, _ = from_torch(torch, nested, names={"22": "head"})
+    assert float(params["head"]["kernel"][0, 0]) == 2
+    assert float(params["enc"]["a"]["x"]["kernel"][0, 0]) == 3
+    assert list(params["enc"]) == ["b", "a"], "the order of the template is kept"
+    # The same order of appearance, and two kinds of names on one side alone.
+    with pytest.raises(ValueError, match=r"Torch's up, down and the template's Dense_0, Dense_1"):
+        from_torch(linear("up") | linear("down"), {"Dense_0": dense(), "Dense_1": dense()})
+    # Of two that fit one place, and one that fits two.
+    torch = {"a.weight": np.zeros((4, 4, 3)), "b.weight": np.zeros((4, 4, 3))}
+    template = {"x": {"kernel": zeros(3, 4, 4)}, "y": {"kernel": zeros(3, 4, 4)}}
+    with pytest.raises(ValueError, match="names="):
+        from_torch(torch, template)
+
+
+def test_equal_words_are_partners_whatever_their_order():
+    torch, names = {}, ("q", "kk", "vvv")
+    for i in range(2):
+        for name in names:
+            torch |= linear(f"layers.{i}.attn.{name}")
+            torch[f"layers.{i}.attn.{name}.weight"] += 100 * i
+    block = {name: dense() for name in reversed(names)}
+    params, _ = from_torch(torch, {"block_1": block, "block_0": block})
+    for i in range(2):
+        for name in names:
+            sent = torch[f"layers.{i}.attn.{name}.weight"][0, 0]
+            assert float(params[f"block_{i}"][name]["kernel"][0, 0]) == sent
+    torch = linear("up") | linear("down.a")
+    params, _ = from_torch(torch, {"down": {"a": dense()}, "up": dense()})
+    assert float(params["down"]["a"]["kernel"][0, 0]) == len("down.a")
 
 
 def test_numbered_modules_are_matched_by_number_also_after_jit():
     torch, template = {}, {}
     for i in range(12):
-        torch |= linear("x" * (i + 1))
+        torch |= linear(str(10**i))
         template[f"Dense_{i}"] = dense()
     template = jax.tree.map(jnp.asarray, template)
     assert list(template)[2] == "Dense_10", "jax.tree.map sorts keys"
     params, _ = from_torch(torch, template)
     for i in range(12):
         assert float(params[f"Dense_{i}"]["kernel"][0, 0]) == i + 1
-    template = jax.tree.map(jnp.asarray, {"up": dense(), "down": dense()})
-    with pytest.raises(ValueError, match=r"'down' and 'up'.*keys are sorted.*names="):
-        from_torch(linear("up") | linear("down"), template)
-    names = {"up": "up", "down": "down"}
-    params, _ = from_torch(linear("up") | linear("down"), template, names=names)
-    assert float(params["down"]["kernel"][0, 0]) == 4
 
 
 def test_dtypes_are_the_templates():

@@ -99,7 +99,8 @@ def test_calibrate_resolves_a_small_gap_and_stops_at_max_steps():
     sigma, u, v = (np.asarray(x).squeeze() for x in (done["w"].sigma, done["w"].u, done["w"].v))
     assert 1e-7 < np.linalg.norm(w @ u - sigma * v) <= 1e-6  # the kernel is (in, out)
     np.testing.assert_allclose(v @ w, sigma * u, atol=1e-12)
-    stopped = sn_jax.calibrate({"w": w}, state, rtol=1e-12, max_steps=2)
+    with pytest.warns(UserWarning, match=r"2 steps.*above rtol = 1e-12: w\."):
+        stopped = sn_jax.calibrate({"w": w}, state, rtol=1e-12, max_steps=2)
     _, two = sn_jax.spectral_normalize({"w": w}, state, n_steps=2)
     np.testing.assert_allclose(stopped["w"].u, two["w"].u, atol=1e-12)
 

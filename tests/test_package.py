@@ -16,24 +16,17 @@ import sn_jax
 
 ROOT = Path(__file__).parent.parent
 MODULES = sorted(path.stem for path in (ROOT / "sn_jax").glob("*.py"))
-# Who may import what of ours (DESIGN: views and power know nothing; the rest builds on them).
-LAYERS = {
-    "_sharding": set(),
-    "_views": {"_sharding"},
-    "_power": {"_sharding"},
-    "_serial": {"_views"},
-    "_symbols": {"_views"},
-    "_norms": {"_views", "_symbols"},
-    "_core": {"_views", "_power", "_serial", "_sharding"},
-    "_trace": {"_views"},
-    "_flax": {"_views", "_core", "_trace"},
-    "linen": {"_views", "_core", "_trace", "_flax"},
-    "_nnx": {"_views"},
-    "nnx": {"_views", "_core", "_trace", "_flax", "_nnx"},
-    "transforms": {"_views", "_power", "_serial", "_sharding", "_core"},
-    "convert": {"_views", "_power", "_core", "_serial"},
-    "__init__": {"_views", "_power", "_core", "_norms", "linen", "nnx", "transforms", "convert"},
-}
+# The rooms, from the ground up: each imports from lower floors only.
+FLOORS = [
+    {"_mesh"},
+    {"_views"},
+    {"_operator", "_serial", "_symbols", "_trace", "_nnx"},
+    {"_rules", "_power", "_norms"},
+    {"_core"},
+    {"_flax", "transforms", "convert"},
+    {"linen", "nnx"},
+    {"__init__"},
+]
 PUBLIC = [getattr(sn_jax, name) for name in sn_jax.__all__ if name not in ("State", "Rules")]
 
 
@@ -49,9 +42,16 @@ def imports(path: Path) -> set[str]:
 
 @pytest.mark.parametrize("module", MODULES)
 def test_layers(module):
+    (floor,) = (i for i, rooms in enumerate(FLOORS) if module in rooms)
     ours = {name.split(".")[1] for name in imports(ROOT / "sn_jax" / f"{module}.py")
             if name.startswith("sn_jax.")}  # fmt: skip
-    assert ours <= LAYERS[module]
+    assert ours & {*MODULES} <= set().union(*FLOORS[:floor])
+
+
+def test_the_functional_api_knows_no_mesh():
+    code = ast.unparse(ast.parse((ROOT / "sn_jax" / "_core.py").read_text()))
+    without_docstrings = re.sub(r'""".*?"""', "", code, flags=re.DOTALL)
+    assert not re.search("shard|mesh[.]|explicit|vma|psum|pcast", without_docstrings)
 
 
 def test_experiments_and_tests_use_public_names_only():
