@@ -225,6 +225,7 @@ def traced_functions():
         "spectral_normalize, gradient": (jax.grad(loss), PARAMS),
         "spectral_norms": (sn_jax.spectral_norms, PARAMS, state),
         "spectral_penalty": (jax.grad(sn_jax.spectral_penalty), PARAMS, state),
+        "residuals": (sn_jax.residuals, PARAMS, state),
         "calibrate": (sn_jax.calibrate, PARAMS, state),
         "power_iteration": (
             lambda w: sn_jax.power_iteration(lambda x: x @ w, jnp.ones(3), 3), jnp.ones((3, 4))),
