@@ -28,6 +28,7 @@ if TYPE_CHECKING:  # on first use, by __getattr__
     from sn_jax import convert as convert
     from sn_jax import linen as linen
     from sn_jax import nnx as nnx
+    from sn_jax import testing as testing
     from sn_jax import transforms as transforms
     from sn_jax._norms import Bounds as Bounds
     from sn_jax._norms import GramResult as GramResult
@@ -62,7 +63,7 @@ __all__ = [
 ]
 
 # What would load SciPy, Flax or optax.
-_MODULES = ("convert", "linen", "nnx", "transforms")
+_MODULES = ("convert", "linen", "nnx", "testing", "transforms")
 _NORMS = ("Bounds", "GramResult", "gram_iteration", "norm_bounds", "spectral_norm")
 
 

@@ -23,7 +23,7 @@ FLOORS = [
     {"_operator", "_serial", "_symbols", "_trace", "_nnx"},
     {"_rules", "_power", "_norms"},
     {"_core"},
-    {"_flax", "transforms", "convert"},
+    {"_flax", "transforms", "convert", "testing"},
     {"linen", "nnx"},
     {"__init__"},
 ]
@@ -88,7 +88,7 @@ def test_all_is_what_the_package_exports():
     imported = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)
                 and node.module.startswith("sn_jax")]  # fmt: skip
     exported = {alias.asname for node in imported for alias in node.names}
-    assert exported == {*sn_jax.__all__, "convert", "linen", "nnx", "transforms"}
+    assert exported == {*sn_jax.__all__, "convert", "linen", "nnx", "testing", "transforms"}
     assert exported <= {*dir(sn_jax)}
     assert all(hasattr(sn_jax, name) for name in exported)
     assert not hasattr(sn_jax, "norm_bound")
