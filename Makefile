@@ -24,9 +24,11 @@ test: $(VENV)/.test
 test-cpus: $(VENV)/.test
 	$(RUN) tests/cpus.py $(CPU_TESTS)
 
-## A CIFAR-10 preset with FID from end to end, in little, and a GAN trained by four processes; minutes.
+## In little, from end to end: a CIFAR-10 preset with FID, a GAN trained by four processes, all that an
+## accelerator would run; a quarter of an hour.
 test-slow: $(VENV)/.test
-	XLA_FLAGS= $(RUN) -m pytest -m slow tests/test_slow.py tests/test_processes.py  # compiled as users compile
+	XLA_FLAGS= $(RUN) -m pytest -m slow \
+		tests/test_slow.py tests/test_processes.py tests/test_accelerator.py  # compiled as users compile
 
 ## Checkpoint conversion and FID's network against the live PyTorch (its recorded outputs are in make test).
 test-torch: $(VENV)/.test $(VENV)/.installed-torch
