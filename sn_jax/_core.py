@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
+from jax.core import Tracer
 from jax.tree_util import register_dataclass
 
 from sn_jax import _power, _serial
@@ -310,13 +311,13 @@ def calibrate(
       >>> print(f"{state['kernel'].sigma:.6f}")
       1.000000
     """
-    if not (isinstance(rtol, jax.core.Tracer) or rtol > 0):
+    if not (isinstance(rtol, Tracer) or rtol > 0):
         raise ValueError(f"rtol must be > 0; got {rtol}.")
     max_steps = _power.as_steps(max_steps)
     new, unfinished = {}, []
     for path, w in weights_of(params, state).items():
         new[path], stale = _calibrate(w, state[path], rtol, max_steps)
-        if not isinstance(stale, jax.core.Tracer) and stale:
+        if not isinstance(stale, Tracer) and stale:
             unfinished.append(shown(path))
     if unfinished:
         warnings.warn(
@@ -562,7 +563,7 @@ def check_key(key: Any, order: str) -> None:
         )
 
 
-def check_state(state: State, hint: str = "") -> None:
+def check_state(state: Any, hint: str = "") -> None:
     if not isinstance(state, Mapping) or not all(isinstance(s, Singular) for s in state.values()):
         entries = state.values() if isinstance(state, Mapping) else ()
         if any(isinstance(s, Mapping) and {*_serial.ARRAYS} <= s.keys() for s in entries):
@@ -638,7 +639,7 @@ def bounds_by_path(
 
 
 def _checked_bound(path: str, value: Any, singular: Singular | None) -> Any:
-    known = not isinstance(value, jax.core.Tracer)
+    known = not isinstance(value, Tracer)
     number = np.asarray(value) if known else value
     numeric = (jnp.floating, jnp.integer)
     if not any(jnp.issubdtype(number.dtype, kind) for kind in numeric):

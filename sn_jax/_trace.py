@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from jax.core import Tracer
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal, Primitive
 from jax.interpreters import ad, batching, mlir
 
@@ -230,7 +231,7 @@ class _Walk:
         env: dict[Any, _Value] = dict(zip(jaxpr.invars, inputs, strict=True))
         for var, value in zip(jaxpr.constvars, closed.consts, strict=True):
             # A traced one is an argument of a program around this one.
-            traced = isinstance(value, jax.core.Tracer)
+            traced = isinstance(value, Tracer)
             env[var] = None if traced else _Constant(lambda value=value: value)
 
         def known(var) -> _Value:

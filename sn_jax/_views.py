@@ -1,9 +1,10 @@
 """Views: how a parameter acts as a linear map."""
 
+import inspect
 import math
 import operator
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
 from typing import Any, Protocol, runtime_checkable
 
@@ -11,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, export, lax
+from jax.core import Tracer
 from jax.sharding import PartitionSpec
 
 from sn_jax import _mesh
@@ -18,6 +20,10 @@ from sn_jax import _mesh
 Shape = tuple[int, ...]
 # For each axis of a kernel the mesh axes that it is split over.
 Split = tuple[tuple[str, ...], ...]
+# For each axis of batch, x and y which axis of the kernel it is.
+VectorAxes = tuple[tuple[int | None, ...], tuple[int | None, ...], tuple[int | None, ...]]
+# A name, or (low, high) for each dimension.
+Padding = str | tuple[tuple[int, int], ...]
 
 
 @runtime_checkable
@@ -87,13 +93,14 @@ def _as_split(split: Any) -> Split | None:
 
 
 def _check_split(view: "Matrix | Conv", ndim: int) -> None:
-    if len(view.split or ()) > ndim:
+    n = len(view.split or ())
+    if n > ndim:
         raise ValueError(
-            f"{view}: split has {len(view.split)} entries, but the kernel has {ndim} axes."
+            f"{view}: split has {n} entries, but the kernel has {ndim} axes."
         )
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True, init=False, repr=False)
 class Matrix:
     """A kernel as a matrix: ``y = sum over in_axes of w * x``; every other axis is batch.
 
@@ -106,6 +113,8 @@ class Matrix:
       out_axes: axis or axes of the output. Axes in neither group are normalized independently.
       split: for kernels that ``shard_map`` splits: their ``PartitionSpec`` in its ``in_specs``,
         so that products and norms are those of the whole kernel. Of no effect outside.
+      rank: number of the kernel's axes in the model that the view was read off, as
+        ``sn_jax.linen.views`` sets it: a kernel with more of them is refused.
 
     Raises:
       ValueError: an axis is repeated, in both groups, or out of range for a kernel.
@@ -117,18 +126,25 @@ class Matrix:
       ((8,), (64,))
     """
 
-    in_axes: int | Sequence[int] = -2
-    out_axes: int | Sequence[int] = -1
-    split: PartitionSpec | Split | None = None
-    # Axes of the kernel that the view was read off a model for; more of them are not its own.
-    rank: int | None = field(default=None, compare=False, repr=False, kw_only=True)
+    in_axes: Shape
+    out_axes: Shape
+    split: Split | None
+    rank: int | None = field(default=None, compare=False, repr=False)
 
-    def __post_init__(self):
-        for name in ("in_axes", "out_axes"):
-            object.__setattr__(self, name, _as_axes(getattr(self, name), name))
-        object.__setattr__(self, "split", _as_split(self.split))
+    def __init__(
+        self,
+        in_axes: int | Sequence[int] = -2,
+        out_axes: int | Sequence[int] = -1,
+        split: PartitionSpec | Split | None = None,
+        *,
+        rank: int | None = None,
+    ) -> None:
+        object.__setattr__(self, "in_axes", _as_axes(in_axes, "in_axes"))
+        object.__setattr__(self, "out_axes", _as_axes(out_axes, "out_axes"))
+        object.__setattr__(self, "split", _as_split(split))
+        object.__setattr__(self, "rank", rank)
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         split = "" if self.split is None else f", split={PartitionSpec(*self.split)}"
         return f"Matrix(in_axes={self.in_axes}, out_axes={self.out_axes}{split})"
 
@@ -216,7 +232,25 @@ def _per_dimension(value, dimensions: int, name: str) -> Shape:
     return tuple(operator.index(v) for v in values)
 
 
-@dataclass(frozen=True, repr=False)
+def _as_padding(padding: Any, n: int, transpose: bool) -> Padding:
+    if isinstance(padding, str):
+        named = ["SAME", "VALID", "CIRCULAR"] + (["SAME_LOWER"] if not transpose else [])
+        named += ["REFLECT"] if not transpose else []
+        named += ["CAUSAL"] if n == 1 and not transpose else []
+        if padding.upper() not in named:
+            raise ValueError(f"Conv(padding={padding!r}): choose from {', '.join(named)}.")
+        return padding.upper()
+    each = padding if isinstance(padding, Sequence) else (padding,) * n
+    pairs = tuple(tuple(p) if isinstance(p, Sequence) else (p, p) for p in each)
+    if len(pairs) != n or any(len(p) != 2 for p in pairs):
+        raise ValueError(
+            f"Conv(padding={padding!r}): give a name, an integer, or an integer or pair "
+            f"(low, high) for each of {n} dimensions."
+        )
+    return tuple((operator.index(low), operator.index(high)) for low, high in pairs)
+
+
+@dataclass(frozen=True, init=False, repr=False)
 class Conv:
     """A convolution kernel as the operator that it is on images of a given size.
 
@@ -248,20 +282,31 @@ class Conv:
       ((32, 32, 16), ())
     """
 
-    input_shape: Sequence[int]
-    strides: int | Sequence[int] = 1
-    padding: str | int | Sequence = "SAME"
-    input_dilation: int | Sequence[int] = 1
-    kernel_dilation: int | Sequence[int] = 1
-    feature_group_count: int = 1
-    transpose: bool = False
-    transpose_kernel: bool = False
-    batch_axes: Sequence[int] | None = None
-    split: PartitionSpec | Split | None = None
+    input_shape: Shape
+    strides: Shape
+    padding: Padding
+    input_dilation: Shape
+    kernel_dilation: Shape
+    feature_group_count: int
+    transpose: bool
+    transpose_kernel: bool
+    batch_axes: Shape | None
+    split: Split | None
 
-    def __post_init__(self):
-        size = self.input_shape
-        size = tuple(size) if isinstance(size, Sequence) else (size,)
+    def __init__(
+        self,
+        input_shape: int | Sequence[int],
+        strides: int | Sequence[int] = 1,
+        padding: str | int | Sequence[int | Sequence[int]] = "SAME",
+        input_dilation: int | Sequence[int] = 1,
+        kernel_dilation: int | Sequence[int] = 1,
+        feature_group_count: int = 1,
+        transpose: bool = False,
+        transpose_kernel: bool = False,
+        batch_axes: Sequence[int] | None = None,
+        split: PartitionSpec | Split | None = None,
+    ) -> None:
+        size = tuple(input_shape) if isinstance(input_shape, Sequence) else (input_shape,)
         n = len(size)
         if not 1 <= n <= 3:
             raise ValueError(f"Conv(input_shape={size}): give one to three spatial sizes.")
@@ -271,57 +316,45 @@ class Conv:
                 "symbolic one; export it at fixed sizes, or take the flattened kernel, "
                 'Matrix((0, 1, 2), 3), which is conv="reshape".'
             )
-        plain = {"input_shape": _per_dimension(size, n, "input_shape")}
-        for name in ("strides", "input_dilation", "kernel_dilation"):
-            plain[name] = _per_dimension(getattr(self, name), n, name)
-        plain["padding"] = self._padding(n)
-        if self.batch_axes is not None:
-            plain["batch_axes"] = tuple(operator.index(axis) for axis in self.batch_axes)
-        plain["split"] = _as_split(self.split)
+        plain = {
+            "input_shape": _per_dimension(size, n, "input_shape"),
+            "strides": _per_dimension(strides, n, "strides"),
+            "padding": _as_padding(padding, n, transpose),
+            "input_dilation": _per_dimension(input_dilation, n, "input_dilation"),
+            "kernel_dilation": _per_dimension(kernel_dilation, n, "kernel_dilation"),
+            "feature_group_count": feature_group_count,
+            "transpose": transpose,
+            "transpose_kernel": transpose_kernel,
+            "batch_axes": None if batch_axes is None else tuple(map(operator.index, batch_axes)),
+            "split": _as_split(split),
+        }
         for name, value in plain.items():
             object.__setattr__(self, name, value)
-        if self.transpose and (self.feature_group_count != 1 or set(self.input_dilation) != {1}):
+        if transpose and (feature_group_count != 1 or set(self.input_dilation) != {1}):
             raise ValueError("Conv(transpose=True) has neither groups nor input_dilation.")
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         # What is not by default: the views of a model are read by people.
         n = len(self.input_shape)
-        options = {option: getattr(self, option.name) for option in fields(self)[1:]}
+        _, *options = inspect.signature(Conv).parameters.values()
+        values = {option: getattr(self, option.name) for option in options}
         given = [
             f"{option.name}={value!r}"
-            for option, value in options.items()
+            for option, value in values.items()
             if value not in (option.default, (1,) * n)
         ]
         return f"Conv({', '.join([repr(self.input_shape), *given])})"
 
-    def _padding(self, n: int):
-        padding = self.padding
-        if isinstance(padding, str):
-            named = ["SAME", "VALID", "CIRCULAR"] + (["SAME_LOWER"] if not self.transpose else [])
-            named += ["REFLECT"] if not self.transpose else []
-            named += ["CAUSAL"] if n == 1 and not self.transpose else []
-            if padding.upper() not in named:
-                raise ValueError(f"Conv(padding={padding!r}): choose from {', '.join(named)}.")
-            return padding.upper()
-        if not isinstance(padding, Sequence):
-            padding = (padding,) * n
-        pairs = tuple(tuple(p) if isinstance(p, Sequence) else (p, p) for p in padding)
-        if len(pairs) != n or any(len(p) != 2 for p in pairs):
-            raise ValueError(
-                f"Conv(padding={self.padding!r}): give a name, an integer, or an integer or pair "
-                f"(low, high) for each of {n} dimensions."
-            )
-        return tuple((operator.index(low), operator.index(high)) for low, high in pairs)
-
-    def vector_axes(self, ndim: int) -> tuple[tuple, tuple, tuple]:
+    def vector_axes(self, ndim: int) -> VectorAxes:
         """The kernel axis that each axis of batch, x and y is; None for pixels and groups."""
         pixels = (None,) * len(self.input_shape)
-        channels = [a for a in range(ndim) if a not in self.kernel_batch_axes(ndim)][-2:]
+        batch = self.kernel_batch_axes(ndim)
+        ins, outs = [axis for axis in range(ndim) if axis not in batch][-2:]
         if self.feature_group_count > 1:
-            channels = [None, None]
-        elif self.transpose and self.transpose_kernel:
-            channels.reverse()
-        return self.kernel_batch_axes(ndim), (*pixels, channels[0]), (*pixels, channels[1])
+            return batch, (*pixels, None), (*pixels, None)
+        if self.transpose and self.transpose_kernel:
+            ins, outs = outs, ins
+        return batch, (*pixels, ins), (*pixels, outs)
 
     def kernel_batch_axes(self, ndim: int) -> Shape:
         """Axes of a kernel with ``ndim`` axes that are stacks of kernels, sorted."""
@@ -471,7 +504,7 @@ class Linear:
     fn: Callable[[Array, Array], Array]
     domain_shape: Shape
 
-    def __init__(self, fn: Callable[[Array, Array], Array], domain: int | Sequence[int]):
+    def __init__(self, fn: Callable[[Array, Array], Array], domain: int | Sequence[int]) -> None:
         if not callable(fn):
             raise TypeError(f"Linear(fn={fn!r}): give a function fn(w, x) that is linear in x.")
         try:
@@ -484,7 +517,7 @@ class Linear:
         object.__setattr__(self, "fn", fn)
         object.__setattr__(self, "domain_shape", sizes)
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         return f"Linear({name_of(self.fn)}, domain={self.domain_shape})"
 
     def batch_shape(self, shape: Shape) -> Shape:
@@ -503,19 +536,20 @@ class Linear:
 class Values:
     """An array as a static value: compared and hashed by what it holds."""
 
-    def __init__(self, array: Any):
-        self.array = np.array(array)  # a copy, which nobody else writes to
+    def __init__(self, array: Any) -> None:
+        self.array: np.ndarray = np.array(array)  # a copy, which nobody else writes to
         self.array.flags.writeable = False
         self._key = self.array.shape, str(self.array.dtype), self.array.tobytes()
         self._hash = hash(self._key)
 
-    def __eq__(self, other):
+    def __eq__(self, other: object) -> bool:
         return isinstance(other, Values) and self._key == other._key
 
-    def __hash__(self):
+    def __hash__(self) -> int:
         return self._hash
 
-    def __reduce__(self):  # hashes of strings differ from process to process
+    def __reduce__(self) -> tuple[type["Values"], tuple[np.ndarray]]:
+        # Hashes of strings differ from process to process.
         return Values, (self.array,)
 
 
@@ -546,9 +580,9 @@ class Scaled:
     view: View
     values: Values
 
-    def __init__(self, view: View, factor: Any):
+    def __init__(self, view: View, factor: Any) -> None:
         check_view(view, "Scaled")
-        if isinstance(factor, jax.core.Tracer):
+        if isinstance(factor, Tracer):
             raise TypeError(
                 "Scaled(factor=...) is traced: its values must be known, as they are part of the "
                 "view. Make the view outside of jit."
@@ -561,20 +595,23 @@ class Scaled:
         object.__setattr__(self, "view", view)
         object.__setattr__(self, "values", Values(values))
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         factor = self.factor
         value = repr(factor.item()) if factor.size == 1 else f"<array of shape {factor.shape}>"
         return f"Scaled({self.view!r}, {value})"
 
     @property
     def factor(self) -> np.ndarray:
+        """The constant, read-only."""
         return self.values.array
 
     @property
     def split(self) -> Split | None:
+        """The split of the scaled kernel's view; None where it has none."""
         return getattr(self.view, "split", None)
 
-    def vector_axes(self, ndim: int) -> tuple[tuple, tuple, tuple] | None:
+    def vector_axes(self, ndim: int) -> VectorAxes | None:
+        """As the view of the scaled kernel says; None where it does not."""
         return vector_axes(self.view, ndim)
 
     def batch_shape(self, shape: Shape) -> Shape:
@@ -609,7 +646,7 @@ class Scaled:
         return self.view.scale(w, factor)
 
 
-def vector_axes(view: View, ndim: int) -> tuple[tuple, tuple, tuple] | None:
+def vector_axes(view: View, ndim: int) -> VectorAxes | None:
     """The view's own answer; None for a view that has none, whose vectors are replicated."""
     method = getattr(view, "vector_axes", None)
     return method(ndim) if method else None

@@ -12,6 +12,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from flax import linen as nn
 from flax import traverse_util
 from flax.core import meta
@@ -101,7 +102,7 @@ def _traced(module, params, others, args, kwargs, conv, rngs, method):
     """
     arrays, rebuild = _trace.split_arrays(args, kwargs)
     abstract, rebuild_others = _trace.split_arrays(others)
-    constant = [isinstance(a, np.ndarray | jax.Array) and not isinstance(a, jax.core.Tracer)
+    constant = [isinstance(a, np.ndarray | jax.Array) and not isinstance(a, Tracer)
                 for a in abstract]  # fmt: skip
     beside: dict[str, str] = {}
 

@@ -12,6 +12,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from flax import nnx
 from flax.nnx.nn.dtypes import promote_dtype
 
@@ -326,7 +327,7 @@ def _frozen_bound(bound: Any) -> Any:
     """A bound that can be hashed: numbers as floats, arrays Values."""
     if isinstance(bound, Mapping):
         return HashableDict({path: _frozen_bound(b) for path, b in bound.items()})
-    if isinstance(bound, jax.core.Tracer):
+    if isinstance(bound, Tracer):
         raise TypeError(
             "bound of SpectralNorm is a static option and cannot be traced: give a number, or use "
             "sn_jax.spectral_normalize, which takes a traced one."
