@@ -55,7 +55,7 @@ class Singular:
     sigma: Array
     view: View
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         # Here, as sn_jax does not import flax: who saves with it has imported it, and holds one.
         _serial.register_with_flax(type(self))
 
@@ -524,12 +524,11 @@ def from_state_dict(d: Mapping[str, Any], template: State | Mapping[str, View]) 
             f"{listed(sorted(unknown))}. Make the template by sn_jax.init with the "
             "parameters and rules of the model that was saved."
         )
-    return {
-        path: _serial.restored(
-            entries[path], _as_stored(entries[path], like, path) if by_views else like, path
-        )
-        for path, like in template.items()
-    }
+    state = {}
+    for path, like in template.items():
+        like = like if isinstance(like, Singular) else _as_stored(entries[path], like, path)
+        state[path] = _serial.restored(entries[path], like, path)
+    return state
 
 
 def _as_stored(entry: Mapping[str, Any], view: View, path: str) -> Singular:
@@ -546,7 +545,8 @@ def _as_stored(entry: Mapping[str, Any], view: View, path: str) -> Singular:
             "*codomain), v (*batch, k, *domain) and sigma (*batch,): give what was written of a "
             "state."
         )
-    return Singular(**{name: np.asarray(entry[name]) for name in _serial.ARRAYS}, view=view)
+    arrays: dict[str, Any] = {name: np.asarray(entry[name]) for name in _serial.ARRAYS}
+    return Singular(**arrays, view=view)
 
 
 # Checks.

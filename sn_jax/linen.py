@@ -12,7 +12,6 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.core import Tracer
 from flax import linen as nn
 from flax import traverse_util
 from flax.core import meta
@@ -20,6 +19,7 @@ from flax.linen import module as module_lib
 from flax.linen.dtypes import promote_dtype
 from flax.linen.linear import ConvLocal
 from flax.linen.recurrent import DenseParams
+from jax.core import Tracer
 
 from sn_jax import _core, _flax, _rules, _trace
 from sn_jax._views import Matrix, View

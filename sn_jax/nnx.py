@@ -12,9 +12,9 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.core import Tracer
 from flax import nnx
 from flax.nnx.nn.dtypes import promote_dtype
+from jax.core import Tracer
 
 from sn_jax import _core, _flax, _rules, _trace
 from sn_jax._nnx import (
