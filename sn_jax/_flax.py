@@ -107,7 +107,7 @@ def stored_state(w: Array, view: View, u: Array, sigma: Array) -> _core.Singular
     return _core.Singular(u, v, sigma, view)
 
 
-def choice(update: bool | Array, new: Array, old: Array) -> Array:
+def choice(update: bool | Array, new: Array | int, old: Array | int) -> Array | int:
     """``new`` if the statistics are to be updated, else ``old``."""
     if isinstance(update, bool | np.bool_):
         return new if update else old

@@ -95,9 +95,7 @@ def _as_split(split: Any) -> Split | None:
 def _check_split(view: "Matrix | Conv", ndim: int) -> None:
     n = len(view.split or ())
     if n > ndim:
-        raise ValueError(
-            f"{view}: split has {n} entries, but the kernel has {ndim} axes."
-        )
+        raise ValueError(f"{view}: split has {n} entries, but the kernel has {ndim} axes.")
 
 
 @dataclass(frozen=True, init=False, repr=False)

@@ -25,6 +25,8 @@ from sn_jax import _core, _flax, _rules, _trace
 from sn_jax._views import Matrix, View
 
 ConvView = Literal["reshape", "operator"]
+# A collection as flax.traverse_util.flatten_dict makes it, whose own type knows no arrays.
+_Flat = dict[tuple[str, ...], Any]
 
 # What nn.jit traced with tags, or while a bake noted what it wrote, is of no use to others: part
 # of jit's cache key.
@@ -208,7 +210,7 @@ def _stock_view(layer: nn.Module, args, kwargs, conv: ConvView) -> dict[str, Vie
         return {}
     name, adapter = _ADAPTERS[type(layer)]
     n = _flax.spatial_ndim(layer)
-    x = (*args, *kwargs.values())[0] if args or kwargs else None
+    x: Any = (*args, *kwargs.values())[0] if args or kwargs else None
     view = adapter(layer, tuple(x.shape[-n - 1 : -1]) if n else (), conv)
     return {} if view is None else {name: view}
 
@@ -261,9 +263,10 @@ def _is_module(x) -> bool:
     return isinstance(x, nn.Module)
 
 
-def _value(leaf):
+def _value(leaf: Any) -> Any:
     """The array in a box of metadata."""
-    return leaf.value if isinstance(leaf, meta.AxisMetadata) else leaf
+    box = leaf
+    return box.value if isinstance(leaf, meta.AxisMetadata) else leaf
 
 
 def bake(
@@ -365,7 +368,7 @@ def spectral_norms(
       ['layers_0/kernel']
     """
     places = _places(variables, collection_name)
-    flat = traverse_util.flatten_dict(variables[collection_name])
+    flat: _Flat = traverse_util.flatten_dict(variables[collection_name])
     return {path: flat[(*where, f"{name}/sigma")] for path, (where, name) in places.items()}
 
 
@@ -411,7 +414,7 @@ def load_state(
             "other paths and cannot be loaded so; make it in setup.)"
         )
     new = _rules.named_leaves(params)
-    raw = traverse_util.flatten_dict(variables["params"])
+    raw: _Flat = traverse_util.flatten_dict(variables["params"])
     loaded = {}
     for key, leaf in raw.items():
         path = "/".join(part for part in key if part != "layer_instance")
@@ -423,7 +426,7 @@ def load_state(
             )
         box = isinstance(leaf, meta.AxisMetadata)
         loaded[key] = leaf.replace_boxed(new[path]) if box else new[path]
-    stats = traverse_util.flatten_dict(variables[collection_name])
+    stats: _Flat = traverse_util.flatten_dict(variables[collection_name])
     for path, (where, name) in places.items():
         for field in ("u", "v", "sigma"):
             key = (*where, f"{name}/{field}")
@@ -667,7 +670,7 @@ class SpectralNorm(nn.Module):
 
         def substitute(variables):
             raw.append(variables)
-            flat = traverse_util.flatten_dict(variables.get("params", {}))
+            flat: _Flat = traverse_util.flatten_dict(variables.get("params", {}))
             for key, leaf in flat.items():
                 # Several parts come one by one, without their names.
                 path = "/".join(key) if len(parts) == 1 else path_of.get(id(_value(leaf)))
@@ -709,11 +712,14 @@ class SpectralNorm(nn.Module):
           paths: module path of each part of the layer -> its path here.
         """
 
+        assert self.scope is not None  # this is inside of a call
+        trace_level = self.scope.trace_level
+
         def intercept(next_fun, args, kwargs, context):
             layer, kind = context.module, _kind(context.module)
             inside = next((p for p in paths if layer.path[: len(p)] == p), None)
             # Inside nn.jit and the like an array from out here would be a leak.
-            here = layer.scope is not None and layer.scope.trace_level == self.scope.trace_level
+            here = layer.scope is not None and layer.scope.trace_level == trace_level
             if kind is None or inside is None or not here or context.method_name == "setup":
                 return next_fun(*args, **kwargs)
             name, _ = _ADAPTERS[kind]
@@ -776,11 +782,12 @@ class SpectralNorm(nn.Module):
         method, args, kwargs = call
         direct = _stock_view(self.layer_instance, args, kwargs, self.conv)
         if direct:
-            seen = {path: {view} for path, view in direct.items()}
+            seen: dict[str, set[View | None]] = {path: {view} for path, view in direct.items()}
             uses, beside = _trace.Uses(seen, frozenset(), frozenset(params)), {}
         else:
             # A block of several layers: one abstract evaluation of a detached copy of it.
             layer = self.layer_instance.clone(parent=None)
+            assert self.scope is not None
             rngs = {name: jax.random.key(0) for name in self.scope.root.rngs}
             # Traced, so that what changes from call to call is no constant.
             others = jax.tree.map(jax.typeof, others)

@@ -181,7 +181,7 @@ def _mark(layer, kind, conv, name):
     return mark
 
 
-def _at_product(layer: nnx.Module, change) -> None:
+def _at_product(layer: Any, change: Callable) -> None:
     """The layer's kernel is changed where it enters the product, at every call from now on."""
     layer.promote_dtype = _flax.AtProduct(layer.promote_dtype, promote_dtype, change)
 
@@ -310,11 +310,12 @@ class _Options:
         object.__setattr__(self, "bound", _frozen_bound(self.bound))
 
     def bounds(self) -> Mapping[str, Any]:
-        bound = self.bound
-        if isinstance(bound, Mapping):
-            bound = {path: b.array if isinstance(b, Values) else b for path, b in bound.items()}
-        bound = bound.array if isinstance(bound, Values) else bound
-        return _core.bounds_by_path(bound, dict.fromkeys(dict(self.views)))
+        def thawed(bound: Any) -> Any:
+            if isinstance(bound, Mapping):
+                return {path: thawed(b) for path, b in bound.items()}
+            return bound.array if isinstance(bound, Values) else bound
+
+        return _core.bounds_by_path(thawed(self.bound), dict.fromkeys(dict(self.views)))
 
 
 _OPTIONS = frozenset(field.name for field in fields(_Options))
@@ -575,6 +576,7 @@ class SpectralNorm(nnx.Module):
         twin = Twin(layer, graphdef, replaced)
         # Inside other layers nnx.jit and the like may run, where an array from out here is a leak.
         scaled = type(layer) in (*_dense_layers(), nnx.MultiHeadAttention)
+        part: Any
         for path, part in nnx.iter_modules(twin.copy):
             kind, stock = _kind(part), _dense_layers().get(type(part))
             name = name_of((*path, _ADAPTERS[kind].name)) if kind else None
@@ -690,7 +692,8 @@ class SpectralNorm(nnx.Module):
             return _core.start_state(w, view, self._options.n_vectors)
         stats = self.batch_stats.at(name.split("/"))
         if self._options.store_v:
-            return _core.Singular(*(stats[key][...] for key in ("u", "v", "sigma")), view)
+            u, v, sigma = (stats[key][...] for key in ("u", "v", "sigma"))
+            return _core.Singular(u, v, sigma, view)
         return _flax.stored_state(w, view, stats["u"][...], stats["sigma"][...])
 
     def _store(self, name, old, new, update_stats):
@@ -730,7 +733,8 @@ def _resolved(graphdef, state, args, kwargs, method, options, task, who) -> _fla
 @lru_cache(maxsize=256)
 def _resolved_types(graphdef, types, treedef, method, options, who) -> _flax.Resolved:
     """The same, looked at once for all calls with arrays of these types."""
-    return _resolved(graphdef, *treedef.unflatten(types), method, options, "wrap", who)
+    state, args, kwargs = treedef.unflatten(types)
+    return _resolved(graphdef, state, args, kwargs, method, options, "wrap", who)
 
 
 @cache

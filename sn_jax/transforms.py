@@ -18,6 +18,8 @@ from sn_jax._operator import Operator
 from sn_jax._rules import Rules
 from sn_jax._views import View, compute_dtype
 
+# To optax's own type a state is of arrays, tuples and mappings, and no registered dataclass.
+_OptState = Any
 # Half of what exact=True promises; the rest is for the error of the norm itself.
 _TOLERANCE = 5e-6
 _MOST = 2**14
@@ -107,10 +109,10 @@ def project_spectral_norm(
         )
     n_steps = _power.as_steps(1 if n_steps is None else n_steps)
 
-    def init(params: optax.Params) -> ProjectSpectralNormState:
+    def init(params: optax.Params) -> _OptState:
         if isinstance(params, _placeholder()):
-            whole: Any = 0  # one leaf
-            return ProjectSpectralNormState(whole)
+            one_leaf: Any = 0
+            return ProjectSpectralNormState(one_leaf)
         state = _core.init(params, key, _rules_here(rules, params))
         _core.bounds_by_path(bound, state)
         if not exact:
@@ -120,9 +122,9 @@ def project_spectral_norm(
 
     def update(
         updates: optax.Updates,
-        state: Any,  # a ProjectSpectralNormState
+        state: _OptState,
         params: optax.Params | None = None,
-    ) -> tuple[optax.Updates, ProjectSpectralNormState]:
+    ) -> tuple[optax.Updates, _OptState]:
         if params is None:
             raise ValueError(
                 "project_spectral_norm needs the parameters that it projects: call "
