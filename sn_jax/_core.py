@@ -35,7 +35,7 @@ from sn_jax._rules import (
 from sn_jax._views import Conv, View, kind_of
 
 # A bound for all norms, or for each path; for each element of a batch where it is an array.
-Norms = float | Array | Mapping[str, float | Array]
+Norms = float | Array | np.ndarray | Mapping[str, float | Array | np.ndarray]
 
 
 @partial(register_dataclass, data_fields=("u", "v", "sigma"), meta_fields=("view",))
@@ -48,6 +48,14 @@ class Singular:
       v: (*batch, k, *domain), unit; right singular vectors.
       sigma: (*batch,), the norm's estimate at the last update, from below: never a bound.
       view: how the parameter acts (static).
+
+    Example:
+      >>> state = init({"kernel": jnp.eye(3, 5)}, jax.random.key(0), n_vectors=2)
+      >>> entry = state["kernel"]
+      >>> entry.u.shape, entry.v.shape, entry.sigma.shape
+      ((2, 5), (2, 3), ())
+      >>> entry.view
+      Matrix(in_axes=(-2,), out_axes=(-1,))
     """
 
     u: Array

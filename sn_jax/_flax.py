@@ -18,6 +18,8 @@ from sn_jax._operator import Operator
 from sn_jax._rules import WEIGHT_NAMES, Rules, compile_rules, listed
 from sn_jax._views import Conv, Matrix, View, compute_dtype
 
+ConvView = Literal["reshape", "operator"]
+
 
 class AtProduct:
     """A layer's ``promote_dtype`` that changes its kernel where the layer is about to use it.

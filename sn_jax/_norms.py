@@ -61,6 +61,12 @@ class Bounds:
       upper: (*batch,).
       failure_probability: the probability that ``upper`` is too small, over the random key; 0
         where no key was drawn.
+
+    Example:
+      >>> bounds = norm_bounds(jnp.diag(jnp.array([2.0, 1.0])))
+      >>> lower, upper = bounds
+      >>> bool(lower <= 2.0 <= upper), bounds.failure_probability
+      (True, 0.0)
     """
 
     lower: np.ndarray | Array
@@ -77,6 +83,11 @@ class GramResult(NamedTuple):
     Attributes:
       lower: (...,), at most the norm, up to rounding.
       upper: (...,), at least the norm, up to rounding.
+
+    Example:
+      >>> result = gram_iteration(jnp.diag(jnp.array([2.0, 1.0])), n_steps=2)
+      >>> print(f"{result.lower:.3f} {result.upper:.3f}")
+      1.970 2.000
     """
 
     lower: np.ndarray | Array
@@ -142,7 +153,9 @@ def gram_iteration(matrix: np.ndarray | Array, n_steps: int = 6) -> GramResult:
     return GramResult(*ends)
 
 
-def spectral_norm(w: Array, view: View | None = None, *, rtol: float = 1e-6) -> np.ndarray:
+def spectral_norm(
+    w: Array | np.ndarray, view: View | None = None, *, rtol: float = 1e-6
+) -> np.ndarray:
     """The spectral norm of any view, converged: the largest singular value of its map.
 
     Small matrices by SVD, circular convolutions by the norms of their symbols on the grid of
@@ -178,7 +191,7 @@ def spectral_norm(w: Array, view: View | None = None, *, rtol: float = 1e-6) -> 
 
 
 def norm_bounds(
-    w: Array,
+    w: Array | np.ndarray,
     view: View | None = None,
     *,
     rtol: float = 1e-3,

@@ -32,6 +32,11 @@ class PowerResult(NamedTuple):
       sigma: (*batch,), an estimate of the norm from below; differentiable through the map.
       u: (*batch, *codomain), unit norm; a constant of the gradient.
       v: (*batch, *domain), unit norm; a constant of the gradient.
+
+    Example:
+      >>> result = power_iteration(lambda x: jnp.array([2.0, 1.0]) * x, jnp.ones(2), 20)
+      >>> print(f"{result.sigma:.3f}", result.u.round(3), result.v.round(3))
+      2.000 [1. 0.] [1. 0.]
     """
 
     sigma: Array

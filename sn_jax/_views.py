@@ -36,22 +36,75 @@ class View(Protocol):
     layer, write one frozen dataclass with these methods. One more, ``vector_axes(ndim)``, is
     optional: three tuples that say for each axis of batch, x and y which axis of the kernel it
     is, or None; on explicit meshes u and v are sharded so, and replicated without it.
+
+    Example:
+      >>> import sn_jax
+      >>> @dataclass(frozen=True)
+      ... class Diagonal:                              # y = w * x, entry by entry
+      ...     def batch_shape(self, shape):
+      ...         return ()
+      ...     def domain(self, shape):
+      ...         return shape
+      ...     def matvec(self, w, x):
+      ...         return w * x
+      ...     def scale(self, w, factor):
+      ...         return w * factor.astype(w.dtype)
+      >>> params = {"gain": jnp.array([1.0, -4.0])}
+      >>> state = sn_jax.init(params, jax.random.key(0), {"gain": Diagonal()})
+      >>> print(sn_jax.spectral_normalize(params, state)[0]["gain"])
+      [ 0.25 -1.  ]
     """
 
     def batch_shape(self, shape: Shape) -> Shape:
-        """Shape of the axes whose maps are normalized independently (heads, layers, experts)."""
+        """Shape of the axes whose maps are normalized independently (heads, layers, experts).
+
+        Args:
+          shape: of the parameter.
+
+        Returns:
+          tuple: sizes of the batch axes; () for one map.
+
+        Raises:
+          ValueError: the view does not fit a parameter of this shape.
+        """
         ...
 
     def domain(self, shape: Shape) -> Shape:
-        """Shape of ``x`` without batch axes, for a parameter of the given shape."""
+        """Shape of ``x`` without batch axes.
+
+        Args:
+          shape: of the parameter.
+
+        Returns:
+          tuple: sizes of the axes of one ``x``.
+
+        Raises:
+          ValueError: the view does not fit a parameter of this shape.
+        """
         ...
 
     def matvec(self, w: Array, x: Array) -> Array:
-        """``A_w x`` for ``x`` of shape (*batch, *domain); linear in ``w`` and in ``x``."""
+        """The product ``y = A_w x``, for each element of the batch on its own.
+
+        Args:
+          w: the parameter.
+          x: (*batch, *domain), of the same dtype.
+
+        Returns:
+          Array: ``y`` (*batch, *codomain), linear in ``w`` and in ``x``.
+        """
         ...
 
     def scale(self, w: Array, factor: Array) -> Array:
-        """``w`` times ``factor`` of shape ``batch_shape``, in the dtype of ``w``."""
+        """The parameter times one factor for each element of the batch.
+
+        Args:
+          w: the parameter.
+          factor: (*batch,), of a dtype that may be wider than that of ``w``.
+
+        Returns:
+          Array: the product, of the shape and dtype of ``w``.
+        """
         ...
 
 
@@ -147,7 +200,12 @@ class Matrix:
         return f"Matrix(in_axes={self.in_axes}, out_axes={self.out_axes}{split})"
 
     def axis_groups(self, ndim: int) -> tuple[Shape, Shape, Shape]:
-        """(batch, in, out) axes of a kernel with ``ndim`` axes, each sorted and non-negative."""
+        """(batch, in, out) axes of a kernel with ``ndim`` axes, each sorted and non-negative.
+
+        Raises:
+          ValueError: an axis is out of range or named twice, or the kernel has more than ``rank``
+            axes.
+        """
         if self.rank is not None and ndim > self.rank:
             raise ValueError(
                 f"{self} was read off a model whose kernel has {self.rank} axes, and this one has "
@@ -157,7 +215,7 @@ class Matrix:
         return _axis_groups(self, ndim)
 
     def vector_axes(self, ndim: int) -> tuple[Shape, Shape, Shape]:
-        """The kernel axis that each axis of batch, x and y is, in order: their sharding."""
+        """Which of ``ndim`` kernel axes each axis of batch, x and y is: they are sharded so."""
         return self.axis_groups(ndim)
 
     def batch_shape(self, shape: Shape) -> Shape:
@@ -344,7 +402,7 @@ class Conv:
         return f"Conv({', '.join([repr(self.input_shape), *given])})"
 
     def vector_axes(self, ndim: int) -> VectorAxes:
-        """The kernel axis that each axis of batch, x and y is; None for pixels and groups."""
+        """Which of ``ndim`` kernel axes each axis of batch, x and y is; None for pixels, groups."""
         pixels = (None,) * len(self.input_shape)
         batch = self.kernel_batch_axes(ndim)
         ins, outs = [axis for axis in range(ndim) if axis not in batch][-2:]
@@ -355,7 +413,11 @@ class Conv:
         return batch, (*pixels, ins), (*pixels, outs)
 
     def kernel_batch_axes(self, ndim: int) -> Shape:
-        """Axes of a kernel with ``ndim`` axes that are stacks of kernels, sorted."""
+        """Axes of a kernel with ``ndim`` axes that are stacks of kernels, sorted.
+
+        Raises:
+          ValueError: ``ndim`` is not that of the spatial, channel and batch axes.
+        """
         return _kernel_batch_axes(self, ndim)
 
     def _split(self, shape: Shape) -> tuple[Shape, Shape]:
@@ -392,7 +454,7 @@ class Conv:
         return apply(w, x)
 
     def reach(self, kernel_size: Shape) -> Shape:
-        """Pixels that a dilated kernel covers in each dimension, beyond one."""
+        """Pixels beyond one that a dilated kernel of ``kernel_size`` taps covers, by dimension."""
         return tuple((k - 1) * d for k, d in zip(kernel_size, self.kernel_dilation, strict=True))
 
     def _map(self, w: Array, x: Array) -> Array:
@@ -609,7 +671,7 @@ class Scaled:
         return getattr(self.view, "split", None)
 
     def vector_axes(self, ndim: int) -> VectorAxes | None:
-        """As the view of the scaled kernel says; None where it does not."""
+        """Which of ``ndim`` kernel axes each axis of batch, x and y is; None: not known."""
         return vector_axes(self.view, ndim)
 
     def batch_shape(self, shape: Shape) -> Shape:

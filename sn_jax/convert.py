@@ -13,11 +13,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from sn_jax import _core, _rules
-from sn_jax._core import Singular, State
-from sn_jax._core import from_state_dict as from_state_dict
-from sn_jax._core import to_state_dict as to_state_dict
+from sn_jax._core import Singular, State, from_state_dict, to_state_dict
 from sn_jax._rules import Params, Rules
 from sn_jax._views import Conv, Matrix, Scaled, View, compute_dtype
+
+__all__ = ["from_state_dict", "from_torch", "to_state_dict", "to_torch"]
 
 # The end of a key in a torch state dict -> what it holds; None: no parameter, left aside.
 _TORCH_FIELDS = {

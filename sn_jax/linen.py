@@ -22,9 +22,11 @@ from flax.linen.recurrent import DenseParams
 from jax.core import Tracer
 
 from sn_jax import _core, _flax, _rules, _trace
+from sn_jax._flax import ConvView
 from sn_jax._views import Matrix, View
 
-ConvView = Literal["reshape", "operator"]
+__all__ = ["ConvView", "SpectralNorm", "bake", "load_state", "spectral_norms", "views"]
+
 # A collection as flax.traverse_util.flatten_dict makes it, whose own type knows no arrays.
 _Flat = dict[tuple[str, ...], Any]
 
@@ -512,6 +514,9 @@ class SpectralNorm(nn.Module):
       store_v: keep v beside u, and use the stored pair without iterating where the call stores
         nothing, as PyTorch's eval does. The collection is then no longer flax's.
 
+    Raises:
+      ValueError, TypeError: when it is called, as ``__call__`` says; ``layer_instance`` no module.
+
     Example:
       >>> model = SpectralNorm(nn.Dense(4))
       >>> x = jnp.ones((2, 3))
@@ -529,11 +534,11 @@ class SpectralNorm(nn.Module):
     param_dtype: Any = jnp.float32
     error_on_non_matrix: bool = False
     collection_name: str = "batch_stats"
-    bound: float = 1.0
+    bound: _core.Norms = 1.0
     mode: Literal["divide", "clip"] = "divide"
     gradient: Literal["through", "stop"] = "through"
     conv: ConvView = "reshape"
-    rules: Mapping[str, View | None] | None = None
+    rules: _rules.Rules | None = None
     n_vectors: int = 1
     warmup: int = 15
     use_scale: bool = False
@@ -543,21 +548,26 @@ class SpectralNorm(nn.Module):
     @nn.compact
     def __call__(
         self,
-        *args,
+        *args: Any,
         update_stats: bool | jax.Array | None = None,
         _method: str = "__call__",
-        **kwargs,
-    ):
+        **kwargs: Any,
+    ) -> Any:
         """The layer's output with normalized kernels.
 
         Args:
           *args, **kwargs: for the layer.
-          update_stats: store the update; by default whether the collection is mutable.
+          update_stats: store the update; by default whether the collection is mutable. May be
+            traced.
           _method: which of the layer's methods to call; ``wrapper.attend(x)`` sets it.
+
+        Returns:
+          The layer's output.
 
         Raises:
           ValueError: ``update_stats=True`` with an immutable or missing collection; no kernel to
             normalize; a kernel whose use cannot be seen; ``n_steps`` < 1.
+          TypeError: ``layer_instance`` is no module.
         """
         mutable = not self.stateless and self.is_mutable_collection(self.collection_name)
         if update_stats is None:
@@ -573,7 +583,7 @@ class SpectralNorm(nn.Module):
         return self._run(_Call(_method, args, kwargs), update_stats)
 
     @nn.nowrap
-    def __getattr__(self, name: str):
+    def __getattr__(self, name: str) -> Any:
         """The layer's other methods, with normalized kernels, and its plain attributes."""
         layer = self.__dict__.get("layer_instance")
         if name.startswith("_") or not isinstance(layer, nn.Module):

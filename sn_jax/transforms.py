@@ -18,6 +18,8 @@ from sn_jax._operator import Operator
 from sn_jax._rules import Rules
 from sn_jax._views import View, compute_dtype
 
+__all__ = ["ProjectSpectralNormState", "project_spectral_norm"]
+
 # To optax's own type a state is of arrays, tuples and mappings, and no registered dataclass.
 _OptState = Any
 # Half of what exact=True promises; the rest is for the error of the norm itself.
@@ -31,6 +33,12 @@ class ProjectSpectralNormState(NamedTuple):
     Attributes:
       singular: path -> Singular. Its sigma is the norm before the last projection: an estimate,
         or exact with ``exact=True``.
+
+    Example:
+      >>> project = project_spectral_norm(None, jax.random.key(0))
+      >>> state = project.init({"kernel": jnp.diag(jnp.array([2.0, 0.5]))})
+      >>> print(f"{state.singular['kernel'].sigma:.2f}")
+      2.00
     """
 
     singular: State
