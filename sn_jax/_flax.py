@@ -242,10 +242,11 @@ def resolve(
             if view is not None:
                 at_product[change.name] = view
         elif change.name not in ruled:
-            blamed = [change.name] if change.name in leaves else sources
-            blamed = [p for p in blamed if p in weights or p == change.name] or sources
+            name = change.name
+            blamed = [name] if name is not None and name in leaves else sources
+            blamed = [p for p in blamed if p in weights or p == name] or sources
             for path in blamed:
-                if path is not None and path not in ruled:
+                if path not in ruled:
                     problems[path] = _changed(change, path, task)
             computed |= change.paths
     for path, leaf in leaves.items():

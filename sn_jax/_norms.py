@@ -87,7 +87,7 @@ class GramResult(NamedTuple):
     Example:
       >>> result = gram_iteration(jnp.diag(jnp.array([2.0, 1.0])), n_steps=2)
       >>> print(f"{result.lower:.3f} {result.upper:.3f}")
-      1.970 2.000
+      1.972 2.000
     """
 
     lower: np.ndarray | Array
@@ -475,7 +475,7 @@ def _lanczos(
 ) -> np.ndarray:
     """The eigenvector of the largest eigenvalue of a symmetric map."""
     shape = len(start), len(start)
-    # SciPy has no stubs: what is inferred of its source knows neither __new__ nor a float tol.
+    # Inferred of SciPy's source: it has no stubs, and these ask for __init__ and an integer tol.
     symmetric = LinearOperator(shape, multiply, dtype=start.dtype)  # pyright: ignore[reportCallIssue]
     _, vectors = eigsh(
         symmetric,

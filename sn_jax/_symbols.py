@@ -62,7 +62,8 @@ def frobenius(block: Block) -> float:
 
 def blocks_of(blocks: list[Block] | np.ndarray, error: float = 0.0) -> Blocks:
     """Blocks (p, q) of one shape, and their products."""
-    p, q = blocks[0].shape  # pyright: ignore[reportGeneralTypeIssues]  # SciPy's stub: may be None
+    # Inferred of SciPy's source, the shape of a sparse array could be None.
+    p, q = blocks[0].shape  # pyright: ignore[reportGeneralTypeIssues]
     if p < q:
         blocks = [block.T for block in blocks]
     grams = [block.conj().T @ block for block in blocks]

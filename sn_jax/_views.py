@@ -180,7 +180,7 @@ class Matrix:
     in_axes: Shape
     out_axes: Shape
     split: Split | None
-    rank: int | None = field(default=None, compare=False, repr=False)
+    rank: int | None = field(default=None, compare=False, repr=False, kw_only=True)
 
     def __init__(
         self,
@@ -288,7 +288,9 @@ def _per_dimension(value, dimensions: int, name: str) -> Shape:
     return tuple(operator.index(v) for v in values)
 
 
-def _as_padding(padding: Any, n: int, transpose: bool) -> Padding:
+def _as_padding(
+    padding: str | int | Sequence[int | Sequence[int]], n: int, transpose: bool
+) -> Padding:
     if isinstance(padding, str):
         named = ["SAME", "VALID", "CIRCULAR"] + (["SAME_LOWER"] if not transpose else [])
         named += ["REFLECT"] if not transpose else []

@@ -267,7 +267,7 @@ def _is_module(x) -> bool:
 
 def _value(leaf: Any) -> Any:
     """The array in a box of metadata."""
-    box = leaf
+    box = leaf  # not narrowed: to Flax's abstract class, which declares no value
     return box.value if isinstance(leaf, meta.AxisMetadata) else leaf
 
 

@@ -284,7 +284,7 @@ def _lora_groups(model: nnx.Module) -> dict[str, tuple[str | None, str, str]]:
 
 
 class SpectralStat(nnx.BatchStat[Any]):
-    """State of spectral normalization (``u`` or ``sigma``).
+    """State of spectral normalization: ``u``, ``sigma`` or ``v`` of one kernel.
 
     A BatchStat to every existing filter and loop; a type of its own, so that averages of the
     batch statistics can leave it out.
