@@ -37,6 +37,7 @@ test-torch: $(VENV)/.test $(VENV)/.installed-torch
 lint: $(VENV)/.test
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
+	$(RUN) -m basedpyright --pythonpath $(RUN)
 
 $(VENV)/.installed-torch: $(VENV)/.test
 	$(RUN) -m pip install --quiet --disable-pip-version-check '$(TORCH)'

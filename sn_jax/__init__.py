@@ -5,7 +5,7 @@ its gradient follow. Flax users start with ``sn_jax.linen`` or ``sn_jax.nnx``.
 """
 
 import importlib
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from sn_jax._core import Singular as Singular
 from sn_jax._core import State as State
@@ -67,7 +67,7 @@ _MODULES = ("convert", "linen", "nnx", "testing", "transforms")
 _NORMS = ("Bounds", "GramResult", "gram_iteration", "norm_bounds", "spectral_norm")
 
 
-def __getattr__(name: str):
+def __getattr__(name: str) -> Any:
     if name in _MODULES:
         return importlib.import_module(f"sn_jax.{name}")
     if name in _NORMS:

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
+from jax.core import Tracer
 from jax.tree_util import register_dataclass
 
 from sn_jax import _power, _serial
@@ -34,7 +35,7 @@ from sn_jax._rules import (
 from sn_jax._views import Conv, View, kind_of
 
 # A bound for all norms, or for each path; for each element of a batch where it is an array.
-Norms = float | Array | Mapping[str, float | Array]
+Norms = float | Array | np.ndarray | Mapping[str, float | Array | np.ndarray]
 
 
 @partial(register_dataclass, data_fields=("u", "v", "sigma"), meta_fields=("view",))
@@ -47,6 +48,14 @@ class Singular:
       v: (*batch, k, *domain), unit; right singular vectors.
       sigma: (*batch,), the norm's estimate at the last update, from below: never a bound.
       view: how the parameter acts (static).
+
+    Example:
+      >>> state = init({"kernel": jnp.eye(3, 5)}, jax.random.key(0), n_vectors=2)
+      >>> entry = state["kernel"]
+      >>> entry.u.shape, entry.v.shape, entry.sigma.shape
+      ((2, 5), (2, 3), ())
+      >>> entry.view
+      Matrix(in_axes=(-2,), out_axes=(-1,))
     """
 
     u: Array
@@ -54,7 +63,7 @@ class Singular:
     sigma: Array
     view: View
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         # Here, as sn_jax does not import flax: who saves with it has imported it, and holds one.
         _serial.register_with_flax(type(self))
 
@@ -310,13 +319,13 @@ def calibrate(
       >>> print(f"{state['kernel'].sigma:.6f}")
       1.000000
     """
-    if not (isinstance(rtol, jax.core.Tracer) or rtol > 0):
+    if not (isinstance(rtol, Tracer) or rtol > 0):
         raise ValueError(f"rtol must be > 0; got {rtol}.")
     max_steps = _power.as_steps(max_steps)
     new, unfinished = {}, []
     for path, w in weights_of(params, state).items():
         new[path], stale = _calibrate(w, state[path], rtol, max_steps)
-        if not isinstance(stale, jax.core.Tracer) and stale:
+        if not isinstance(stale, Tracer) and stale:
             unfinished.append(shown(path))
     if unfinished:
         warnings.warn(
@@ -523,12 +532,11 @@ def from_state_dict(d: Mapping[str, Any], template: State | Mapping[str, View]) 
             f"{listed(sorted(unknown))}. Make the template by sn_jax.init with the "
             "parameters and rules of the model that was saved."
         )
-    return {
-        path: _serial.restored(
-            entries[path], _as_stored(entries[path], like, path) if by_views else like, path
-        )
-        for path, like in template.items()
-    }
+    state = {}
+    for path, like in template.items():
+        like = like if isinstance(like, Singular) else _as_stored(entries[path], like, path)
+        state[path] = _serial.restored(entries[path], like, path)
+    return state
 
 
 def _as_stored(entry: Mapping[str, Any], view: View, path: str) -> Singular:
@@ -545,7 +553,8 @@ def _as_stored(entry: Mapping[str, Any], view: View, path: str) -> Singular:
             "*codomain), v (*batch, k, *domain) and sigma (*batch,): give what was written of a "
             "state."
         )
-    return Singular(**{name: np.asarray(entry[name]) for name in _serial.ARRAYS}, view=view)
+    arrays: dict[str, Any] = {name: np.asarray(entry[name]) for name in _serial.ARRAYS}
+    return Singular(**arrays, view=view)
 
 
 # Checks.
@@ -562,7 +571,7 @@ def check_key(key: Any, order: str) -> None:
         )
 
 
-def check_state(state: State, hint: str = "") -> None:
+def check_state(state: Any, hint: str = "") -> None:
     if not isinstance(state, Mapping) or not all(isinstance(s, Singular) for s in state.values()):
         entries = state.values() if isinstance(state, Mapping) else ()
         if any(isinstance(s, Mapping) and {*_serial.ARRAYS} <= s.keys() for s in entries):
@@ -638,7 +647,7 @@ def bounds_by_path(
 
 
 def _checked_bound(path: str, value: Any, singular: Singular | None) -> Any:
-    known = not isinstance(value, jax.core.Tracer)
+    known = not isinstance(value, Tracer)
     number = np.asarray(value) if known else value
     numeric = (jnp.floating, jnp.integer)
     if not any(jnp.issubdtype(number.dtype, kind) for kind in numeric):

@@ -18,6 +18,8 @@ from sn_jax._operator import Operator
 from sn_jax._rules import WEIGHT_NAMES, Rules, compile_rules, listed
 from sn_jax._views import Conv, Matrix, View, compute_dtype
 
+ConvView = Literal["reshape", "operator"]
+
 
 class AtProduct:
     """A layer's ``promote_dtype`` that changes its kernel where the layer is about to use it.
@@ -107,7 +109,7 @@ def stored_state(w: Array, view: View, u: Array, sigma: Array) -> _core.Singular
     return _core.Singular(u, v, sigma, view)
 
 
-def choice(update: bool | Array, new: Array, old: Array) -> Array:
+def choice(update: bool | Array, new: Array | int, old: Array | int) -> Array | int:
     """``new`` if the statistics are to be updated, else ``old``."""
     if isinstance(update, bool | np.bool_):
         return new if update else old
@@ -225,35 +227,37 @@ def resolve(
       ValueError: one for all weights that are not seen, or act in several ways, or change on the
         way to the product; nothing to normalize.
     """
-    view_of, unruled, weights = compile_rules(rules, leaves), object(), weight_paths(leaves)
-    ruled = {path: view_of(path, unruled) for path in leaves}
-    views = {path: view for path, view in ruled.items() if view not in (unruled, None)}
+    view_of, weights = compile_rules(rules, leaves), weight_paths(leaves)
+    unruled = object()
+    said = {path: view_of(path, unruled) for path in leaves}
+    ruled: dict[str, View | None] = {p: view for p, view in said.items() if view is not unruled}
+    views = {path: view for path, view in ruled.items() if view is not None}
     problems, at_product, computed = {}, {}, set()
     for change in sorted(uses.changes, key=lambda change: sorted(change.paths)):
-        rule = ruled.get(change.name, unruled)
         sources = sorted(change.paths)
         if task == "wrap" and change.name and change.view and not change.lifted:
             computed |= change.paths
             views = {path: view for path, view in views.items() if path != change.name}
-            view = change.view if rule is unruled else rule
+            view = ruled.get(change.name, change.view)
             if view is not None:
                 at_product[change.name] = view
-        elif rule is unruled:
-            blamed = [change.name] if change.name in leaves else sources
-            blamed = [p for p in blamed if p in weights or p == change.name] or sources
+        elif change.name not in ruled:
+            name = change.name
+            blamed = [name] if name is not None and name in leaves else sources
+            blamed = [p for p in blamed if p in weights or p == name] or sources
             for path in blamed:
-                if ruled[path] is unruled:
+                if path not in ruled:
                     problems[path] = _changed(change, path, task)
             computed |= change.paths
     for path, leaf in leaves.items():
-        if ruled[path] is not unruled or path in problems or path in at_product:
+        if path in ruled or path in problems or path in at_product:
             continue
         seen = uses.views.get(path, set())
         if len(seen) > 1:
             ways = "; ".join(sorted(map(repr, seen)))
             problems[path] = f"acts in {len(seen)} ways ({ways}): say which one to normalize"
-        elif seen != {None} and seen:
-            (views[path],) = seen
+        elif (view := next(iter(seen), None)) is not None:
+            views[path] = view
         elif path in computed or (task != "views" and path not in uses.read):
             continue
         elif path in beside and len(jnp.shape(leaf)) >= 2:
@@ -283,7 +287,7 @@ def resolve(
             "model that has one, or name one by rules."
         )
     for path, view in views.items():
-        if isinstance(view, Matrix) and ruled[path] is unruled:
+        if isinstance(view, Matrix) and path not in ruled:
             views[path] = replace(view, rank=len(jnp.shape(leaves[path])))
     return Resolved({path: views[path] for path in leaves if path in views}, at_product)
 

@@ -112,13 +112,13 @@ class HashableDict(dict):
         return hash(tuple(sorted(self.items(), key=lambda item: item[0])))
 
 
-class Stats(dict):
+class Stats(dict[Any, Any]):
     """The wrapper's state by path: nested dicts, the last of which hold ``u`` and ``sigma``.
 
     ``nnx.update`` with the state of ``flax.nnx.SpectralNorm``, whose keys are tuples, loads it.
     """
 
-    def at(self, path: Iterable[str]) -> dict:
+    def at(self, path: Iterable[str]) -> dict[str, Any]:
         """The node at a path, made where it is not there yet."""
         node = self
         for key in path:

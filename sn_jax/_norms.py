@@ -19,6 +19,7 @@ import numpy as np
 import scipy.linalg
 import scipy.sparse
 from jax import Array
+from jax.core import Tracer
 from jax.tree_util import register_dataclass
 from scipy.sparse.linalg import ArpackNoConvergence, LinearOperator, eigsh
 
@@ -60,6 +61,12 @@ class Bounds:
       upper: (*batch,).
       failure_probability: the probability that ``upper`` is too small, over the random key; 0
         where no key was drawn.
+
+    Example:
+      >>> bounds = norm_bounds(jnp.diag(jnp.array([2.0, 1.0])))
+      >>> lower, upper = bounds
+      >>> bool(lower <= 2.0 <= upper), bounds.failure_probability
+      (True, 0.0)
     """
 
     lower: np.ndarray | Array
@@ -76,6 +83,11 @@ class GramResult(NamedTuple):
     Attributes:
       lower: (...,), at most the norm, up to rounding.
       upper: (...,), at least the norm, up to rounding.
+
+    Example:
+      >>> result = gram_iteration(jnp.diag(jnp.array([2.0, 1.0])), n_steps=2)
+      >>> print(f"{result.lower:.3f} {result.upper:.3f}")
+      1.972 2.000
     """
 
     lower: np.ndarray | Array
@@ -141,7 +153,9 @@ def gram_iteration(matrix: np.ndarray | Array, n_steps: int = 6) -> GramResult:
     return GramResult(*ends)
 
 
-def spectral_norm(w: Array, view: View | None = None, *, rtol: float = 1e-6) -> np.ndarray:
+def spectral_norm(
+    w: Array | np.ndarray, view: View | None = None, *, rtol: float = 1e-6
+) -> np.ndarray:
     """The spectral norm of any view, converged: the largest singular value of its map.
 
     Small matrices by SVD, circular convolutions by the norms of their symbols on the grid of
@@ -168,16 +182,16 @@ def spectral_norm(w: Array, view: View | None = None, *, rtol: float = 1e-6) -> 
       >>> print(f"{spectral_norm(jnp.array([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]])):.8f}")
       9.52551809
     """
-    w, view, batch = _checked(w, view, rtol)
-    w, view, _ = _without_factor(w, view)
+    array, view, batch = _checked(w, view, rtol)
+    array, view, _ = _without_factor(array, view)
     norms = np.empty(batch)
-    for index, kernel, single in _singles(w, view):
+    for index, kernel, single in _singles(array, view):
         norms[index] = _norm(kernel, single, rtol)
     return norms[()]
 
 
 def norm_bounds(
-    w: Array,
+    w: Array | np.ndarray,
     view: View | None = None,
     *,
     rtol: float = 1e-3,
@@ -223,8 +237,8 @@ def norm_bounds(
       >>> bool(lower < upper <= lower * 1.001)
       True
     """
-    w, view, batch = _checked(w, view, rtol)
-    w, view, slack = _without_factor(w, view)
+    array, view, batch = _checked(w, view, rtol)
+    array, view, slack = _without_factor(array, view)
     lower, upper = np.empty(batch), np.empty(batch)
     reason = "the rest is what rounding in float64 can hide"
     failure = 0.0 if isinstance(view, Matrix | Conv) else _FAILURE
@@ -233,8 +247,9 @@ def norm_bounds(
             f"The upper bound of {view} is probabilistic: give the randomness by "
             "key=jax.random.key(...)."
         )
-    for number, (index, kernel, single) in enumerate(_singles(w, view)):
+    for number, (index, kernel, single) in enumerate(_singles(array, view)):
         if isinstance(single, _Slice):
+            assert key is not None  # asked for above
             ends = _random_bounds(kernel, single, rtol, jax.random.fold_in(key, number))
         else:
             scale, kernel = _scaled(kernel)
@@ -264,7 +279,7 @@ def norm_bounds(
 
 def _checked(w, view: View | None, rtol: float) -> tuple[np.ndarray, View, Shape]:
     """(the weights in float64, view, batch shape), or a sentence that says what is wrong."""
-    if isinstance(w, jax.core.Tracer):
+    if isinstance(w, Tracer):
         raise TypeError(
             "Exact norms are found on the host, from concrete arrays: call this outside of jit "
             "and grad; inside, power_iteration and spectral_normalize estimate."
@@ -316,7 +331,7 @@ def _without_factor(w: np.ndarray, view: View) -> tuple[np.ndarray, View, float]
         exact = all(np.array_equal(x, x.astype(np.float32)) for x in (w, factor))
         w, view = w * factor, view.view
         if not exact:  # two float32 numbers have their product in float64
-            slack += 1.01 * 2.0**-53 * np.linalg.norm(w) + w.size * 5e-324
+            slack += 1.01 * 2.0**-53 * float(np.linalg.norm(w)) + w.size * 5e-324
     return w, view, slack
 
 
@@ -357,7 +372,7 @@ def _norm(w: np.ndarray, view: View | _Slice, rtol: float) -> float:
     if isinstance(view, Matrix):
         matrix = _as_matrix(w, view)
         if min(matrix.shape) <= 4 * _SMALL:
-            return scale * np.linalg.norm(matrix, 2) if matrix.size else 0.0
+            return float(scale * np.linalg.norm(matrix, 2)) if matrix.size else 0.0
         apply, adjoint, size = matrix.__matmul__, matrix.T.__matmul__, matrix.shape[1]
     else:
         if isinstance(view, Conv):
@@ -445,14 +460,32 @@ def _leading_eigenvector(gram: np.ndarray, rtol: float) -> np.ndarray:
     r = len(gram)
     if r > _SMALL:
         # The transpose is in Fortran's order, and the conjugate. One BLAS again, here SciPy's.
-        multiply = scipy.linalg.get_blas_funcs("hemv" if gram.dtype == complex else "symv", (gram,))
-        conjugate = LinearOperator(gram.shape, partial(multiply, 1.0, gram.T), dtype=gram.dtype)
+        name = "hemv" if gram.dtype == complex else "symv"
+        (multiply,) = scipy.linalg.get_blas_funcs((name,), (gram,))
         start = np.random.default_rng(0).standard_normal(r).astype(gram.dtype)
         with contextlib.suppress(ArpackNoConvergence):
             tol = min(0.1 * rtol, 1e-4)
-            return eigsh(conjugate, k=1, which="LA", tol=tol, v0=start)[1][:, 0].conj()
+            return _lanczos(partial(multiply, 1.0, gram.T), start, tol).conj()
     # All of them: LAPACK's search for the last one alone can find none where all are equal.
     return np.linalg.eigh(gram)[1][:, -1]
+
+
+def _lanczos(
+    multiply: Callable, start: np.ndarray, tol: float, n_vectors: int | None = None
+) -> np.ndarray:
+    """The eigenvector of the largest eigenvalue of a symmetric map."""
+    shape = len(start), len(start)
+    # Inferred of SciPy's source: it has no stubs, and these ask for __init__ and an integer tol.
+    symmetric = LinearOperator(shape, multiply, dtype=start.dtype)  # pyright: ignore[reportCallIssue]
+    _, vectors = eigsh(
+        symmetric,
+        k=1,
+        which="LA",
+        tol=tol,  # pyright: ignore[reportArgumentType]
+        v0=start,
+        ncv=n_vectors,
+    )
+    return vectors[:, 0]
 
 
 def _length_at_least(block: Block, x: np.ndarray) -> float:
@@ -465,7 +498,7 @@ def _quotient(y: np.ndarray, x: np.ndarray, norm: float, terms: int) -> float:
     products, ``norm`` bounding that of the map of absolute values."""
     slack = 2 * norm * gamma(4 * terms + 16)
     lengths = (1 - gamma(4 * y.size + 16)) / (1 + gamma(4 * x.size + 16))
-    return (np.linalg.norm(y) / np.linalg.norm(x)) * lengths - slack
+    return float(np.linalg.norm(y) / np.linalg.norm(x) * lengths - slack)
 
 
 def _conv_bounds(w: np.ndarray, view: Conv, rtol: float) -> tuple[float, float, str]:
@@ -523,16 +556,16 @@ def _operator(w: np.ndarray, view: View | _Slice):
     view, index = view if isinstance(view, _Slice) else (view, ())
     batch, domain = view.batch_shape(w.shape), view.domain(w.shape)
     with on_host():
-        w = jnp.asarray(w)
-        x = jax.ShapeDtypeStruct((*batch, *domain), w.dtype)
-        codomain = jax.eval_shape(partial(view.matvec, w), x).shape[len(batch) :]
+        kernel = jnp.asarray(w)
+        x = jax.ShapeDtypeStruct((*batch, *domain), kernel.dtype)
+        codomain = jax.eval_shape(partial(view.matvec, kernel), x).shape[len(batch) :]
 
     def mapped(function, space):
         def call(x):
             whole = np.zeros((*batch, *space))
             whole[index] = np.reshape(x, space)
             with on_host():
-                return np.asarray(function(w, whole, view=view))[index].ravel()
+                return np.asarray(function(kernel, whole, view=view))[index].ravel()
 
         return call
 
@@ -557,16 +590,15 @@ def _leading(
         v = start / np.linalg.norm(start)
         if np.linalg.norm(apply(v)) == 0:
             return v, 0.0
-        normal = LinearOperator((size, size), lambda x: adjoint(apply(x)), dtype=float)
         try:
-            v = eigsh(normal, k=1, which="LA", tol=tol, v0=start, ncv=n_vectors)[1][:, 0]
+            v = _lanczos(lambda x: adjoint(apply(x)), start, tol, n_vectors)
         except ArpackNoConvergence:
             raise ValueError(
                 f"Lanczos iteration did not converge to a residual of {tol:.1e}: the map is not "
                 "computed that accurately, or many of its singular values are nearly equal. "
                 "Give a larger rtol."
             ) from None
-    return v, np.linalg.norm(apply(v))
+    return v, float(np.linalg.norm(apply(v)))
 
 
 def _random_bounds(w: np.ndarray, view: _Slice, rtol: float, key: Array) -> tuple[float, float]:

@@ -17,12 +17,23 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
+from jax.core import Tracer
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from jax.tree_util import register_dataclass
 
 from sn_jax import _mesh
-from sn_jax._views import Conv, Matrix, Scaled, Shape, View, compute_dtype, name_of, vector_axes
+from sn_jax._views import (
+    Conv,
+    Matrix,
+    Scaled,
+    Shape,
+    VectorAxes,
+    View,
+    compute_dtype,
+    name_of,
+    vector_axes,
+)
 
 
 class Spaces(NamedTuple):
@@ -51,7 +62,7 @@ class Operator:
         """Shapes of whole vectors, and of this device's part of the batch."""
         shape, names = self.w.shape, self._names
         if names:
-            batch, _, _ = vector_axes(self.view, self.w.ndim)
+            batch, _, _ = self._axes
             kept = [() if axis in batch else entry for axis, entry in enumerate(names)]
             shape = _mesh.whole_shape(shape, kept)
         return _spaces(self.view, shape)
@@ -89,7 +100,7 @@ class Operator:
         names = self._names
         if not names:
             return self.view.matvec(self.w, x)
-        batch, ins, outs = vector_axes(self.view, self.w.ndim)
+        batch, ins, outs = self._axes
         taken, given = ([() if a is None else names[a] for a in axes] for axes in (ins, outs))
         y = self.view.matvec(self.w, _mesh.own_block(x, [()] * len(batch) + taken))
         y = _mesh.in_place(y, given, len(batch))
@@ -154,16 +165,23 @@ class Operator:
         return typed(*batch), typed(*batch, None, *outs), typed(*batch, None, *ins)
 
     @property
-    def _names(self):
+    def _names(self) -> _mesh.Names:
         """For each axis of ``w`` the mesh axes it is split over; () outside of ``shard_map``."""
         split = getattr(self.view, "split", None)
         return _mesh.names_here(split, self.w.ndim) if split else ()
 
     @property
-    def _batch_names(self):
+    def _batch_names(self) -> _mesh.Names:
         """The same for the axes of the batch."""
         names = self._names
-        return tuple(names[a] for a in vector_axes(self.view, self.w.ndim)[0]) if names else ()
+        return tuple(() if a is None else names[a] for a in self._axes[0]) if names else ()
+
+    @property
+    def _axes(self) -> VectorAxes:
+        """The kernel's axes, of a view that has a split: ``check`` refuses those without axes."""
+        axes = vector_axes(self.view, self.w.ndim)
+        assert axes is not None
+        return axes
 
 
 @lru_cache(maxsize=4096)
@@ -241,7 +259,7 @@ def check_linear(operator: Operator, *, in_w: bool) -> None:
             f"{name} is not linear in x: it cannot be transposed ({_first_line(error)}). A view's "
             "map must be; leave activations, biases and normalizations out of it."
         ) from error
-    if isinstance(w, jax.core.Tracer):
+    if isinstance(w, Tracer):
         return
     defects = _defects(jnp.asarray(w, dtype), view=view)
     for what, defect in zip(("x", "w"), defects, strict=True):

@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
+from jax.core import Tracer, eval_jaxpr
 from jax.tree_util import register_dataclass
 
 from sn_jax import _mesh
@@ -31,6 +32,11 @@ class PowerResult(NamedTuple):
       sigma: (*batch,), an estimate of the norm from below; differentiable through the map.
       u: (*batch, *codomain), unit norm; a constant of the gradient.
       v: (*batch, *domain), unit norm; a constant of the gradient.
+
+    Example:
+      >>> result = power_iteration(lambda x: jnp.array([2.0, 1.0]) * x, jnp.ones(2), 20)
+      >>> print(f"{result.sigma:.3f}", result.u.round(3), result.v.round(3))
+      2.000 [1. 0.] [1. 0.]
     """
 
     sigma: Array
@@ -46,7 +52,7 @@ def as_steps(n_steps: int | Array) -> int | Array:
                 f"n_steps must be a Python int or a signed integer scalar; got {n_steps.dtype} of "
                 f"shape {n_steps.shape}: convert it, as by n_steps.astype(jnp.int32)."
             )
-        if isinstance(n_steps, jax.core.Tracer) or int(n_steps) >= 0:
+        if isinstance(n_steps, Tracer) or int(n_steps) >= 0:
             return n_steps
     else:
         try:
@@ -180,7 +186,7 @@ class _Program:
         self._jaxpr, self._structure = jaxpr, _structure(jaxpr)
 
     def __call__(self, closed_over: list[Array], x: Array) -> Array:
-        (y,) = jax.core.eval_jaxpr(self._jaxpr, closed_over, x)
+        (y,) = eval_jaxpr(self._jaxpr, closed_over, x)
         return y
 
     def __hash__(self):

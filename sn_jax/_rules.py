@@ -6,7 +6,7 @@ Here belongs what names parameters: in trees, in rules and in errors.
 import difflib
 import re
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
 import jax.numpy as jnp
@@ -76,7 +76,7 @@ def select(params: Params, leaves: Mapping[str, Any], rules: Rules | None) -> di
     return selected
 
 
-def compile_rules(rules: Rules | None, leaves: Iterable[str]):
+def compile_rules(rules: Rules | None, leaves: Collection[str]) -> Callable[[str, Any], Any]:
     """A function (path, default) -> what the first rule that matches the path says.
 
     A rule matches as a regular expression, in full, or letter by letter: a dict path -> view
@@ -92,14 +92,14 @@ def compile_rules(rules: Rules | None, leaves: Iterable[str]):
             _raise_unmatched(pattern, regex, view, leaves)
         compiled.append((pattern, regex, view))
 
-    def view_of(path, default):
+    def view_of(path: str, default: Any) -> Any:
         matches = (v for text, regex, v in compiled if text == path or regex.fullmatch(path))
         return next(matches, default)
 
     return view_of
 
 
-def matching_rules(rules: Rules, leaves: Iterable[str]) -> Rules:
+def matching_rules(rules: Rules, leaves: Collection[str]) -> Rules:
     """Those that match some path, where others may be meant for leaves that are not here."""
     return {
         pattern: view

@@ -63,7 +63,7 @@ def register(singular: type) -> None:
             serialized_name="sn_jax.Singular",
             serialize_auxdata=lambda static: view_to_bytes(*static),
             deserialize_auxdata=view_from_bytes,
-            from_children=lambda view, arrays: singular(*arrays, view),
+            from_children=lambda aux_data, children: singular(*children, aux_data),
         )
 
 

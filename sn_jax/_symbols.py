@@ -6,7 +6,7 @@ map is the sum over taps of the products of these 0/1 matrices with the kernel's
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import lru_cache, partial
 from typing import NamedTuple
@@ -62,7 +62,8 @@ def frobenius(block: Block) -> float:
 
 def blocks_of(blocks: list[Block] | np.ndarray, error: float = 0.0) -> Blocks:
     """Blocks (p, q) of one shape, and their products."""
-    p, q = blocks[0].shape
+    # Inferred of SciPy's source, the shape of a sparse array could be None.
+    p, q = blocks[0].shape  # pyright: ignore[reportGeneralTypeIssues]
     if p < q:
         blocks = [block.T for block in blocks]
     grams = [block.conj().T @ block for block in blocks]
@@ -152,9 +153,11 @@ def _lattice(view: Conv, kernel_size: int) -> Lattice:
     n_p, n_q = dilation // common, stride // common
     if taps.n_out * n_q == taps.n_in * n_p and taps.n_in % n_q == 0:
         moved = (taps.tap, (taps.out + n_p) % taps.n_out, (taps.in_ + n_q) % taps.n_in)
-        codes = [np.sort(np.ravel_multi_index(triple, (kernel_size, taps.n_out, taps.n_in)))
-                 for triple in (moved, taps[:3])]  # fmt: skip
-        if np.array_equal(*codes):
+        before, after = (
+            np.sort(np.ravel_multi_index(triple, (kernel_size, taps.n_out, taps.n_in)))
+            for triple in (taps[:3], moved)
+        )
+        if np.array_equal(before, after):
             first = taps.out < n_p
             tap, out, in_ = (x[first] for x in taps[:3])
             size = taps.n_in // n_q
@@ -167,8 +170,9 @@ def _lattice(view: Conv, kernel_size: int) -> Lattice:
     if view.padding in ("CIRCULAR", "REFLECT"):
         # Copying pixels into the border stretches by at most the root of the most copies of one.
         (n,), (reach,) = view.input_shape, view.reach((kernel_size,))
-        mode = {"CIRCULAR": "wrap", "REFLECT": "reflect"}[view.padding]
-        copies = np.bincount(np.pad(np.arange(n), (reach // 2, (reach + 1) // 2), mode=mode))
+        pad = (reach // 2, (reach + 1) // 2)
+        mode = "wrap" if view.padding == "CIRCULAR" else "reflect"
+        copies = np.bincount(np.pad(np.arange(n), pad, mode=mode))
         factor = math.sqrt(copies.max()) * (1 + 2 * UNIT)
         taps = taps_of(replace(view, input_shape=n + reach, padding="VALID"), kernel_size)
     offsets = np.stack(
@@ -312,16 +316,14 @@ def explicit(kernel: np.ndarray, dimensions: list[Taps]) -> Iterator[Block]:
     """One matrix (out, in) per group."""
     strides = kernel.shape[: len(dimensions)]
     triples = np.indices([len(taps.tap) for taps in dimensions]).reshape(len(dimensions), -1)
-    tap, out, in_ = (
-        np.ravel_multi_index(
-            [getattr(taps, name)[i] for taps, i in zip(dimensions, triples, strict=True)], sizes
-        )
-        for name, sizes in [
-            ("tap", strides),
-            ("out", [taps.n_out for taps in dimensions]),
-            ("in_", [taps.n_in for taps in dimensions]),
-        ]
-    )
+
+    def flat(name: str, sizes: Sequence[int]) -> np.ndarray:
+        each = [getattr(taps, name)[i] for taps, i in zip(dimensions, triples, strict=True)]
+        return np.asarray(np.ravel_multi_index(each, sizes))
+
+    tap = flat("tap", strides)
+    out = flat("out", [taps.n_out for taps in dimensions])
+    in_ = flat("in_", [taps.n_in for taps in dimensions])
     n_out, n_in = (math.prod(getattr(taps, n) for taps in dimensions) for n in ("n_out", "n_in"))
     groups, c_in, c_out = kernel.shape[len(dimensions) :]
     kernel = kernel.reshape(-1, groups, c_in, c_out)

@@ -8,7 +8,7 @@ keeps account of what becomes of it on the way: nothing, a product with constant
 """
 
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from jax.core import Tracer
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal, Primitive
 from jax.interpreters import ad, batching, mlir
 
@@ -89,7 +90,7 @@ class Uses(NamedTuple):
 
 
 def uses_of(
-    fn: Callable[..., Any], leaves: Mapping[str, Any], weights: Sequence[str], *args: Any
+    fn: Callable[..., Any], leaves: Mapping[str, Any], weights: Collection[str], *args: Any
 ) -> Uses:
     """How ``fn(leaves, *args)``, which binds tags, uses each leaf. Nothing is computed but
     constants that a leaf is multiplied by.
@@ -230,7 +231,7 @@ class _Walk:
         env: dict[Any, _Value] = dict(zip(jaxpr.invars, inputs, strict=True))
         for var, value in zip(jaxpr.constvars, closed.consts, strict=True):
             # A traced one is an argument of a program around this one.
-            traced = isinstance(value, jax.core.Tracer)
+            traced = isinstance(value, Tracer)
             env[var] = None if traced else _Constant(lambda value=value: value)
 
         def known(var) -> _Value:
@@ -257,22 +258,23 @@ class _Walk:
             self.read.update(x.path for x in inputs if isinstance(x, _Leaf))
         if name == _tag_p.name:
             return [self.tag(eqn, inputs[0], lifted)]
-        if all(isinstance(x, _Constant) for x in inputs):
-            return [None] * n_out if eqn.effects else _folded(eqn, inputs)
+        constants = [x for x in inputs if isinstance(x, _Constant)]
+        if len(constants) == len(inputs):
+            return [None] * n_out if eqn.effects else _folded(eqn, constants)
         if not any(isinstance(x, _Leaf | _Computed) for x in inputs):
             return [None] * n_out
         if name in _PRODUCTS:
             return [self.product(eqn, inputs[:2], lifted)]
         if name in ("gather", "dynamic_slice") and self.is_lookup(eqn, inputs, lifted):
             return [None]
-        if name == "broadcast_in_dim" and inputs[0].tag and _grows(eqn):
+        if name == "broadcast_in_dim" and _tag_of(inputs[:1]) and _grows(eqn):
             return [None]  # a table of one row, read
         out = _kept(eqn, inputs) if n_out == 1 else None
         if out is None:
             out = _computed(inputs, None if name in _REARRANGES and _tag_of(inputs) else name)
         if out.tag and out not in inputs:
             # What a layer's own dot_general does to its kernel comes after the tag.
-            self.note(out)
+            self.note(out, out.tag)
         return [out] * n_out
 
     def scan(self, eqn, inputs):
@@ -338,17 +340,17 @@ class _Walk:
             key = id(eqn), params["name"]
             self.tags[key] = _Tag(params, lifted, None)
         tagged = replace(x, tag=key)
-        self.note(tagged)
+        self.note(tagged, key)
         return tagged
 
-    def note(self, x: _Leaf | _Computed) -> None:
-        """What a tagged kernel is by now."""
-        params, lifted, view = self.tags[x.tag]
+    def note(self, x: _Leaf | _Computed, key: tuple[int, str]) -> None:
+        """What a kernel is by now that has passed the tag ``key``."""
+        params, lifted, view = self.tags[key]
         if isinstance(x, _Leaf):
-            self.found[x.tag] = _with_factor(view, x.factor)
+            self.found[key] = _with_factor(view, x.factor)
         elif x.operations:
             change = Change(params["name"], x.paths, x.operations, params["view"], lifted)
-            self.found[x.tag] = change
+            self.found[key] = change
 
     def product(self, eqn, operands: list[_Value], lifted: bool) -> _Value:
         """Notes a weight among the operands; the output is an activation, or still something
@@ -408,13 +410,14 @@ class _Walk:
             groups = [[axis for axis in group if axis in own] for group in groups]
         elif len(groups[0]) != 1 or len(groups[1]) != 1:
             return
+        known = [sorted(axis for axis in group if axis is not None) for group in groups]
         unknown = any(axis is None for group in groups for axis in group)
-        if x.path not in self.weights or unknown or not all(groups):
+        if x.path not in self.weights or unknown or not all(known):
             return
-        if len(groups[0]) == len(groups[1]) == 1:  # a table that is read and multiplied by is one
-            groups.sort()
+        if len(known[0]) == len(known[1]) == 1:  # a table that is read and multiplied by is one
+            known.sort()
         whole = all(axis is None or sizes[i] == shape[axis] for i, axis in enumerate(x.axes))
-        view = Matrix(*(tuple(sorted(group)) for group in groups)) if whole else None
+        view = Matrix(known[0], known[1]) if whole else None
         self.found[id(eqn), x.path] = _with_factor(view, x.factor)
 
 
@@ -451,8 +454,8 @@ def _on_axes(view: View | None, leaf_axes: list[int], ndim: int) -> View | None:
     """A view of an array whose axes are these of a parameter, as a view of the parameter."""
     n = len(leaf_axes)
     if isinstance(view, Matrix):
-        groups = ([leaf_axes[a % n] for a in g] for g in (view.in_axes, view.out_axes))
-        return Matrix(*(tuple(sorted(group)) for group in groups))
+        ins, outs = ([leaf_axes[a % n] for a in g] for g in (view.in_axes, view.out_axes))
+        return Matrix(sorted(ins), sorted(outs))
     if view is None or leaf_axes != sorted(leaf_axes):
         return None
     assert isinstance(view, Conv)  # adapters give no others
@@ -587,7 +590,9 @@ def _multiplied(eqn, inputs: list[_Value], x: _Leaf) -> _Leaf | None:
     elif name in ("add", "sub") and n_leaves == 2:
         factor = _Constant(np.add if name == "add" else np.subtract, *values)
     elif name == "select_n" and all(
-        isinstance(case, _Leaf) or not np.any(np.asarray(case.value)) for case in inputs[1:]
+        isinstance(case, _Leaf)
+        or (isinstance(case, _Constant) and not np.any(np.asarray(case.value)))
+        for case in inputs[1:]
     ):
         factor = _Constant(lambda which, *cases: np.choose(which.astype(int), cases), *values)
     else:

@@ -1,9 +1,10 @@
 """Views: how a parameter acts as a linear map."""
 
+import inspect
 import math
 import operator
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
 from typing import Any, Protocol, runtime_checkable
 
@@ -11,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, export, lax
+from jax.core import Tracer
 from jax.sharding import PartitionSpec
 
 from sn_jax import _mesh
@@ -18,6 +20,10 @@ from sn_jax import _mesh
 Shape = tuple[int, ...]
 # For each axis of a kernel the mesh axes that it is split over.
 Split = tuple[tuple[str, ...], ...]
+# For each axis of batch, x and y which axis of the kernel it is.
+VectorAxes = tuple[tuple[int | None, ...], tuple[int | None, ...], tuple[int | None, ...]]
+# A name, or (low, high) for each dimension.
+Padding = str | tuple[tuple[int, int], ...]
 
 
 @runtime_checkable
@@ -30,22 +36,75 @@ class View(Protocol):
     layer, write one frozen dataclass with these methods. One more, ``vector_axes(ndim)``, is
     optional: three tuples that say for each axis of batch, x and y which axis of the kernel it
     is, or None; on explicit meshes u and v are sharded so, and replicated without it.
+
+    Example:
+      >>> import sn_jax
+      >>> @dataclass(frozen=True)
+      ... class Diagonal:                              # y = w * x, entry by entry
+      ...     def batch_shape(self, shape):
+      ...         return ()
+      ...     def domain(self, shape):
+      ...         return shape
+      ...     def matvec(self, w, x):
+      ...         return w * x
+      ...     def scale(self, w, factor):
+      ...         return w * factor.astype(w.dtype)
+      >>> params = {"gain": jnp.array([1.0, -4.0])}
+      >>> state = sn_jax.init(params, jax.random.key(0), {"gain": Diagonal()})
+      >>> print(sn_jax.spectral_normalize(params, state)[0]["gain"])
+      [ 0.25 -1.  ]
     """
 
     def batch_shape(self, shape: Shape) -> Shape:
-        """Shape of the axes whose maps are normalized independently (heads, layers, experts)."""
+        """Shape of the axes whose maps are normalized independently (heads, layers, experts).
+
+        Args:
+          shape: of the parameter.
+
+        Returns:
+          tuple: sizes of the batch axes; () for one map.
+
+        Raises:
+          ValueError: the view does not fit a parameter of this shape.
+        """
         ...
 
     def domain(self, shape: Shape) -> Shape:
-        """Shape of ``x`` without batch axes, for a parameter of the given shape."""
+        """Shape of ``x`` without batch axes.
+
+        Args:
+          shape: of the parameter.
+
+        Returns:
+          tuple: sizes of the axes of one ``x``.
+
+        Raises:
+          ValueError: the view does not fit a parameter of this shape.
+        """
         ...
 
     def matvec(self, w: Array, x: Array) -> Array:
-        """``A_w x`` for ``x`` of shape (*batch, *domain); linear in ``w`` and in ``x``."""
+        """The product ``y = A_w x``, for each element of the batch on its own.
+
+        Args:
+          w: the parameter.
+          x: (*batch, *domain), of the same dtype.
+
+        Returns:
+          Array: ``y`` (*batch, *codomain), linear in ``w`` and in ``x``.
+        """
         ...
 
     def scale(self, w: Array, factor: Array) -> Array:
-        """``w`` times ``factor`` of shape ``batch_shape``, in the dtype of ``w``."""
+        """The parameter times one factor for each element of the batch.
+
+        Args:
+          w: the parameter.
+          factor: (*batch,), of a dtype that may be wider than that of ``w``.
+
+        Returns:
+          Array: the product, of the shape and dtype of ``w``.
+        """
         ...
 
 
@@ -87,13 +146,12 @@ def _as_split(split: Any) -> Split | None:
 
 
 def _check_split(view: "Matrix | Conv", ndim: int) -> None:
-    if len(view.split or ()) > ndim:
-        raise ValueError(
-            f"{view}: split has {len(view.split)} entries, but the kernel has {ndim} axes."
-        )
+    n = len(view.split or ())
+    if n > ndim:
+        raise ValueError(f"{view}: split has {n} entries, but the kernel has {ndim} axes.")
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True, init=False, repr=False)
 class Matrix:
     """A kernel as a matrix: ``y = sum over in_axes of w * x``; every other axis is batch.
 
@@ -106,6 +164,8 @@ class Matrix:
       out_axes: axis or axes of the output. Axes in neither group are normalized independently.
       split: for kernels that ``shard_map`` splits: their ``PartitionSpec`` in its ``in_specs``,
         so that products and norms are those of the whole kernel. Of no effect outside.
+      rank: number of the kernel's axes in the model that the view was read off, as
+        ``sn_jax.linen.views`` sets it: a kernel with more of them is refused.
 
     Raises:
       ValueError: an axis is repeated, in both groups, or out of range for a kernel.
@@ -117,23 +177,35 @@ class Matrix:
       ((8,), (64,))
     """
 
-    in_axes: int | Sequence[int] = -2
-    out_axes: int | Sequence[int] = -1
-    split: PartitionSpec | Split | None = None
-    # Axes of the kernel that the view was read off a model for; more of them are not its own.
+    in_axes: Shape
+    out_axes: Shape
+    split: Split | None
     rank: int | None = field(default=None, compare=False, repr=False, kw_only=True)
 
-    def __post_init__(self):
-        for name in ("in_axes", "out_axes"):
-            object.__setattr__(self, name, _as_axes(getattr(self, name), name))
-        object.__setattr__(self, "split", _as_split(self.split))
+    def __init__(
+        self,
+        in_axes: int | Sequence[int] = -2,
+        out_axes: int | Sequence[int] = -1,
+        split: PartitionSpec | Split | None = None,
+        *,
+        rank: int | None = None,
+    ) -> None:
+        object.__setattr__(self, "in_axes", _as_axes(in_axes, "in_axes"))
+        object.__setattr__(self, "out_axes", _as_axes(out_axes, "out_axes"))
+        object.__setattr__(self, "split", _as_split(split))
+        object.__setattr__(self, "rank", rank)
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         split = "" if self.split is None else f", split={PartitionSpec(*self.split)}"
         return f"Matrix(in_axes={self.in_axes}, out_axes={self.out_axes}{split})"
 
     def axis_groups(self, ndim: int) -> tuple[Shape, Shape, Shape]:
-        """(batch, in, out) axes of a kernel with ``ndim`` axes, each sorted and non-negative."""
+        """(batch, in, out) axes of a kernel with ``ndim`` axes, each sorted and non-negative.
+
+        Raises:
+          ValueError: an axis is out of range or named twice, or the kernel has more than ``rank``
+            axes.
+        """
         if self.rank is not None and ndim > self.rank:
             raise ValueError(
                 f"{self} was read off a model whose kernel has {self.rank} axes, and this one has "
@@ -143,7 +215,7 @@ class Matrix:
         return _axis_groups(self, ndim)
 
     def vector_axes(self, ndim: int) -> tuple[Shape, Shape, Shape]:
-        """The kernel axis that each axis of batch, x and y is, in order: their sharding."""
+        """Which of ``ndim`` kernel axes each axis of batch, x and y is: they are sharded so."""
         return self.axis_groups(ndim)
 
     def batch_shape(self, shape: Shape) -> Shape:
@@ -216,7 +288,27 @@ def _per_dimension(value, dimensions: int, name: str) -> Shape:
     return tuple(operator.index(v) for v in values)
 
 
-@dataclass(frozen=True, repr=False)
+def _as_padding(
+    padding: str | int | Sequence[int | Sequence[int]], n: int, transpose: bool
+) -> Padding:
+    if isinstance(padding, str):
+        named = ["SAME", "VALID", "CIRCULAR"] + (["SAME_LOWER"] if not transpose else [])
+        named += ["REFLECT"] if not transpose else []
+        named += ["CAUSAL"] if n == 1 and not transpose else []
+        if padding.upper() not in named:
+            raise ValueError(f"Conv(padding={padding!r}): choose from {', '.join(named)}.")
+        return padding.upper()
+    each = padding if isinstance(padding, Sequence) else (padding,) * n
+    pairs = tuple(tuple(p) if isinstance(p, Sequence) else (p, p) for p in each)
+    if len(pairs) != n or any(len(p) != 2 for p in pairs):
+        raise ValueError(
+            f"Conv(padding={padding!r}): give a name, an integer, or an integer or pair "
+            f"(low, high) for each of {n} dimensions."
+        )
+    return tuple((operator.index(low), operator.index(high)) for low, high in pairs)
+
+
+@dataclass(frozen=True, init=False, repr=False)
 class Conv:
     """A convolution kernel as the operator that it is on images of a given size.
 
@@ -248,20 +340,31 @@ class Conv:
       ((32, 32, 16), ())
     """
 
-    input_shape: Sequence[int]
-    strides: int | Sequence[int] = 1
-    padding: str | int | Sequence = "SAME"
-    input_dilation: int | Sequence[int] = 1
-    kernel_dilation: int | Sequence[int] = 1
-    feature_group_count: int = 1
-    transpose: bool = False
-    transpose_kernel: bool = False
-    batch_axes: Sequence[int] | None = None
-    split: PartitionSpec | Split | None = None
+    input_shape: Shape
+    strides: Shape
+    padding: Padding
+    input_dilation: Shape
+    kernel_dilation: Shape
+    feature_group_count: int
+    transpose: bool
+    transpose_kernel: bool
+    batch_axes: Shape | None
+    split: Split | None
 
-    def __post_init__(self):
-        size = self.input_shape
-        size = tuple(size) if isinstance(size, Sequence) else (size,)
+    def __init__(
+        self,
+        input_shape: int | Sequence[int],
+        strides: int | Sequence[int] = 1,
+        padding: str | int | Sequence[int | Sequence[int]] = "SAME",
+        input_dilation: int | Sequence[int] = 1,
+        kernel_dilation: int | Sequence[int] = 1,
+        feature_group_count: int = 1,
+        transpose: bool = False,
+        transpose_kernel: bool = False,
+        batch_axes: Sequence[int] | None = None,
+        split: PartitionSpec | Split | None = None,
+    ) -> None:
+        size = tuple(input_shape) if isinstance(input_shape, Sequence) else (input_shape,)
         n = len(size)
         if not 1 <= n <= 3:
             raise ValueError(f"Conv(input_shape={size}): give one to three spatial sizes.")
@@ -271,60 +374,52 @@ class Conv:
                 "symbolic one; export it at fixed sizes, or take the flattened kernel, "
                 'Matrix((0, 1, 2), 3), which is conv="reshape".'
             )
-        plain = {"input_shape": _per_dimension(size, n, "input_shape")}
-        for name in ("strides", "input_dilation", "kernel_dilation"):
-            plain[name] = _per_dimension(getattr(self, name), n, name)
-        plain["padding"] = self._padding(n)
-        if self.batch_axes is not None:
-            plain["batch_axes"] = tuple(operator.index(axis) for axis in self.batch_axes)
-        plain["split"] = _as_split(self.split)
+        plain = {
+            "input_shape": _per_dimension(size, n, "input_shape"),
+            "strides": _per_dimension(strides, n, "strides"),
+            "padding": _as_padding(padding, n, transpose),
+            "input_dilation": _per_dimension(input_dilation, n, "input_dilation"),
+            "kernel_dilation": _per_dimension(kernel_dilation, n, "kernel_dilation"),
+            "feature_group_count": feature_group_count,
+            "transpose": transpose,
+            "transpose_kernel": transpose_kernel,
+            "batch_axes": None if batch_axes is None else tuple(map(operator.index, batch_axes)),
+            "split": _as_split(split),
+        }
         for name, value in plain.items():
             object.__setattr__(self, name, value)
-        if self.transpose and (self.feature_group_count != 1 or set(self.input_dilation) != {1}):
+        if transpose and (feature_group_count != 1 or set(self.input_dilation) != {1}):
             raise ValueError("Conv(transpose=True) has neither groups nor input_dilation.")
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         # What is not by default: the views of a model are read by people.
         n = len(self.input_shape)
-        options = {option: getattr(self, option.name) for option in fields(self)[1:]}
+        _, *options = inspect.signature(Conv).parameters.values()
+        values = {option: getattr(self, option.name) for option in options}
         given = [
             f"{option.name}={value!r}"
-            for option, value in options.items()
+            for option, value in values.items()
             if value not in (option.default, (1,) * n)
         ]
         return f"Conv({', '.join([repr(self.input_shape), *given])})"
 
-    def _padding(self, n: int):
-        padding = self.padding
-        if isinstance(padding, str):
-            named = ["SAME", "VALID", "CIRCULAR"] + (["SAME_LOWER"] if not self.transpose else [])
-            named += ["REFLECT"] if not self.transpose else []
-            named += ["CAUSAL"] if n == 1 and not self.transpose else []
-            if padding.upper() not in named:
-                raise ValueError(f"Conv(padding={padding!r}): choose from {', '.join(named)}.")
-            return padding.upper()
-        if not isinstance(padding, Sequence):
-            padding = (padding,) * n
-        pairs = tuple(tuple(p) if isinstance(p, Sequence) else (p, p) for p in padding)
-        if len(pairs) != n or any(len(p) != 2 for p in pairs):
-            raise ValueError(
-                f"Conv(padding={self.padding!r}): give a name, an integer, or an integer or pair "
-                f"(low, high) for each of {n} dimensions."
-            )
-        return tuple((operator.index(low), operator.index(high)) for low, high in pairs)
-
-    def vector_axes(self, ndim: int) -> tuple[tuple, tuple, tuple]:
-        """The kernel axis that each axis of batch, x and y is; None for pixels and groups."""
+    def vector_axes(self, ndim: int) -> VectorAxes:
+        """Which of ``ndim`` kernel axes each axis of batch, x and y is; None for pixels, groups."""
         pixels = (None,) * len(self.input_shape)
-        channels = [a for a in range(ndim) if a not in self.kernel_batch_axes(ndim)][-2:]
+        batch = self.kernel_batch_axes(ndim)
+        ins, outs = [axis for axis in range(ndim) if axis not in batch][-2:]
         if self.feature_group_count > 1:
-            channels = [None, None]
-        elif self.transpose and self.transpose_kernel:
-            channels.reverse()
-        return self.kernel_batch_axes(ndim), (*pixels, channels[0]), (*pixels, channels[1])
+            return batch, (*pixels, None), (*pixels, None)
+        if self.transpose and self.transpose_kernel:
+            ins, outs = outs, ins
+        return batch, (*pixels, ins), (*pixels, outs)
 
     def kernel_batch_axes(self, ndim: int) -> Shape:
-        """Axes of a kernel with ``ndim`` axes that are stacks of kernels, sorted."""
+        """Axes of a kernel with ``ndim`` axes that are stacks of kernels, sorted.
+
+        Raises:
+          ValueError: ``ndim`` is not that of the spatial, channel and batch axes.
+        """
         return _kernel_batch_axes(self, ndim)
 
     def _split(self, shape: Shape) -> tuple[Shape, Shape]:
@@ -361,7 +456,7 @@ class Conv:
         return apply(w, x)
 
     def reach(self, kernel_size: Shape) -> Shape:
-        """Pixels that a dilated kernel covers in each dimension, beyond one."""
+        """Pixels beyond one that a dilated kernel of ``kernel_size`` taps covers, by dimension."""
         return tuple((k - 1) * d for k, d in zip(kernel_size, self.kernel_dilation, strict=True))
 
     def _map(self, w: Array, x: Array) -> Array:
@@ -471,7 +566,7 @@ class Linear:
     fn: Callable[[Array, Array], Array]
     domain_shape: Shape
 
-    def __init__(self, fn: Callable[[Array, Array], Array], domain: int | Sequence[int]):
+    def __init__(self, fn: Callable[[Array, Array], Array], domain: int | Sequence[int]) -> None:
         if not callable(fn):
             raise TypeError(f"Linear(fn={fn!r}): give a function fn(w, x) that is linear in x.")
         try:
@@ -484,7 +579,7 @@ class Linear:
         object.__setattr__(self, "fn", fn)
         object.__setattr__(self, "domain_shape", sizes)
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         return f"Linear({name_of(self.fn)}, domain={self.domain_shape})"
 
     def batch_shape(self, shape: Shape) -> Shape:
@@ -503,19 +598,20 @@ class Linear:
 class Values:
     """An array as a static value: compared and hashed by what it holds."""
 
-    def __init__(self, array: Any):
-        self.array = np.array(array)  # a copy, which nobody else writes to
+    def __init__(self, array: Any) -> None:
+        self.array: np.ndarray = np.array(array)  # a copy, which nobody else writes to
         self.array.flags.writeable = False
         self._key = self.array.shape, str(self.array.dtype), self.array.tobytes()
         self._hash = hash(self._key)
 
-    def __eq__(self, other):
+    def __eq__(self, other: object) -> bool:
         return isinstance(other, Values) and self._key == other._key
 
-    def __hash__(self):
+    def __hash__(self) -> int:
         return self._hash
 
-    def __reduce__(self):  # hashes of strings differ from process to process
+    def __reduce__(self) -> tuple[type["Values"], tuple[np.ndarray]]:
+        # Hashes of strings differ from process to process.
         return Values, (self.array,)
 
 
@@ -546,9 +642,9 @@ class Scaled:
     view: View
     values: Values
 
-    def __init__(self, view: View, factor: Any):
+    def __init__(self, view: View, factor: Any) -> None:
         check_view(view, "Scaled")
-        if isinstance(factor, jax.core.Tracer):
+        if isinstance(factor, Tracer):
             raise TypeError(
                 "Scaled(factor=...) is traced: its values must be known, as they are part of the "
                 "view. Make the view outside of jit."
@@ -561,20 +657,23 @@ class Scaled:
         object.__setattr__(self, "view", view)
         object.__setattr__(self, "values", Values(values))
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         factor = self.factor
         value = repr(factor.item()) if factor.size == 1 else f"<array of shape {factor.shape}>"
         return f"Scaled({self.view!r}, {value})"
 
     @property
     def factor(self) -> np.ndarray:
+        """The constant, read-only."""
         return self.values.array
 
     @property
     def split(self) -> Split | None:
+        """The split of the scaled kernel's view; None where it has none."""
         return getattr(self.view, "split", None)
 
-    def vector_axes(self, ndim: int) -> tuple[tuple, tuple, tuple] | None:
+    def vector_axes(self, ndim: int) -> VectorAxes | None:
+        """Which of ``ndim`` kernel axes each axis of batch, x and y is; None: not known."""
         return vector_axes(self.view, ndim)
 
     def batch_shape(self, shape: Shape) -> Shape:
@@ -609,7 +708,7 @@ class Scaled:
         return self.view.scale(w, factor)
 
 
-def vector_axes(view: View, ndim: int) -> tuple[tuple, tuple, tuple] | None:
+def vector_axes(view: View, ndim: int) -> VectorAxes | None:
     """The view's own answer; None for a view that has none, whose vectors are replicated."""
     method = getattr(view, "vector_axes", None)
     return method(ndim) if method else None

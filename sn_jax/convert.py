@@ -13,11 +13,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from sn_jax import _core, _rules
-from sn_jax._core import Singular, State
-from sn_jax._core import from_state_dict as from_state_dict
-from sn_jax._core import to_state_dict as to_state_dict
+from sn_jax._core import Singular, State, from_state_dict, to_state_dict
 from sn_jax._rules import Params, Rules
 from sn_jax._views import Conv, Matrix, Scaled, View, compute_dtype
+
+__all__ = ["from_state_dict", "from_torch", "to_state_dict", "to_torch"]
 
 # The end of a key in a torch state dict -> what it holds; None: no parameter, left aside.
 _TORCH_FIELDS = {
@@ -225,7 +225,7 @@ class _Layout(NamedTuple):
         return self._flipped(x, order).transpose([order.index(axis) for axis in kept])
 
     def _flipped(self, x, order):
-        return np.flip(x, [i for i, a in enumerate(order) if a >= 2]) if self.flip else x
+        return np.flip(x, tuple(i for i, a in enumerate(order) if a >= 2)) if self.flip else x
 
 
 def _layouts(leaf_name: str, torch_shape, shape) -> dict[str, _Layout]:
@@ -555,9 +555,8 @@ def _with_leaves(tree, changed: Mapping[str, Any], path: str = ""):
     """Not by jax.tree, which would sort the keys: people look at them in the order of the model."""
     if not isinstance(tree, Mapping):
         return changed[path]
-    return type(tree)(
-        {name: _with_leaves(x, changed, _joined(path, name)) for name, x in tree.items()}
-    )
+    kind: Any = type(tree)
+    return kind({name: _with_leaves(x, changed, _joined(path, name)) for name, x in tree.items()})
 
 
 def _joined(path, name) -> str:

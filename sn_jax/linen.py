@@ -19,11 +19,16 @@ from flax.linen import module as module_lib
 from flax.linen.dtypes import promote_dtype
 from flax.linen.linear import ConvLocal
 from flax.linen.recurrent import DenseParams
+from jax.core import Tracer
 
 from sn_jax import _core, _flax, _rules, _trace
+from sn_jax._flax import ConvView
 from sn_jax._views import Matrix, View
 
-ConvView = Literal["reshape", "operator"]
+__all__ = ["ConvView", "SpectralNorm", "bake", "load_state", "spectral_norms", "views"]
+
+# A collection as flax.traverse_util.flatten_dict makes it, whose own type knows no arrays.
+_Flat = dict[tuple[str, ...], Any]
 
 # What nn.jit traced with tags, or while a bake noted what it wrote, is of no use to others: part
 # of jit's cache key.
@@ -101,7 +106,7 @@ def _traced(module, params, others, args, kwargs, conv, rngs, method):
     """
     arrays, rebuild = _trace.split_arrays(args, kwargs)
     abstract, rebuild_others = _trace.split_arrays(others)
-    constant = [isinstance(a, np.ndarray | jax.Array) and not isinstance(a, jax.core.Tracer)
+    constant = [isinstance(a, np.ndarray | jax.Array) and not isinstance(a, Tracer)
                 for a in abstract]  # fmt: skip
     beside: dict[str, str] = {}
 
@@ -207,7 +212,7 @@ def _stock_view(layer: nn.Module, args, kwargs, conv: ConvView) -> dict[str, Vie
         return {}
     name, adapter = _ADAPTERS[type(layer)]
     n = _flax.spatial_ndim(layer)
-    x = (*args, *kwargs.values())[0] if args or kwargs else None
+    x: Any = (*args, *kwargs.values())[0] if args or kwargs else None
     view = adapter(layer, tuple(x.shape[-n - 1 : -1]) if n else (), conv)
     return {} if view is None else {name: view}
 
@@ -260,9 +265,10 @@ def _is_module(x) -> bool:
     return isinstance(x, nn.Module)
 
 
-def _value(leaf):
+def _value(leaf: Any) -> Any:
     """The array in a box of metadata."""
-    return leaf.value if isinstance(leaf, meta.AxisMetadata) else leaf
+    box = leaf  # not narrowed: to Flax's abstract class, which declares no value
+    return box.value if isinstance(leaf, meta.AxisMetadata) else leaf
 
 
 def bake(
@@ -364,7 +370,7 @@ def spectral_norms(
       ['layers_0/kernel']
     """
     places = _places(variables, collection_name)
-    flat = traverse_util.flatten_dict(variables[collection_name])
+    flat: _Flat = traverse_util.flatten_dict(variables[collection_name])
     return {path: flat[(*where, f"{name}/sigma")] for path, (where, name) in places.items()}
 
 
@@ -410,7 +416,7 @@ def load_state(
             "other paths and cannot be loaded so; make it in setup.)"
         )
     new = _rules.named_leaves(params)
-    raw = traverse_util.flatten_dict(variables["params"])
+    raw: _Flat = traverse_util.flatten_dict(variables["params"])
     loaded = {}
     for key, leaf in raw.items():
         path = "/".join(part for part in key if part != "layer_instance")
@@ -422,7 +428,7 @@ def load_state(
             )
         box = isinstance(leaf, meta.AxisMetadata)
         loaded[key] = leaf.replace_boxed(new[path]) if box else new[path]
-    stats = traverse_util.flatten_dict(variables[collection_name])
+    stats: _Flat = traverse_util.flatten_dict(variables[collection_name])
     for path, (where, name) in places.items():
         for field in ("u", "v", "sigma"):
             key = (*where, f"{name}/{field}")
@@ -508,6 +514,9 @@ class SpectralNorm(nn.Module):
       store_v: keep v beside u, and use the stored pair without iterating where the call stores
         nothing, as PyTorch's eval does. The collection is then no longer flax's.
 
+    Raises:
+      ValueError, TypeError: when it is called, as ``__call__`` says; ``layer_instance`` no module.
+
     Example:
       >>> model = SpectralNorm(nn.Dense(4))
       >>> x = jnp.ones((2, 3))
@@ -525,11 +534,11 @@ class SpectralNorm(nn.Module):
     param_dtype: Any = jnp.float32
     error_on_non_matrix: bool = False
     collection_name: str = "batch_stats"
-    bound: float = 1.0
+    bound: _core.Norms = 1.0
     mode: Literal["divide", "clip"] = "divide"
     gradient: Literal["through", "stop"] = "through"
     conv: ConvView = "reshape"
-    rules: Mapping[str, View | None] | None = None
+    rules: _rules.Rules | None = None
     n_vectors: int = 1
     warmup: int = 15
     use_scale: bool = False
@@ -539,21 +548,26 @@ class SpectralNorm(nn.Module):
     @nn.compact
     def __call__(
         self,
-        *args,
+        *args: Any,
         update_stats: bool | jax.Array | None = None,
         _method: str = "__call__",
-        **kwargs,
-    ):
+        **kwargs: Any,
+    ) -> Any:
         """The layer's output with normalized kernels.
 
         Args:
           *args, **kwargs: for the layer.
-          update_stats: store the update; by default whether the collection is mutable.
+          update_stats: store the update; by default whether the collection is mutable. May be
+            traced.
           _method: which of the layer's methods to call; ``wrapper.attend(x)`` sets it.
+
+        Returns:
+          The layer's output.
 
         Raises:
           ValueError: ``update_stats=True`` with an immutable or missing collection; no kernel to
             normalize; a kernel whose use cannot be seen; ``n_steps`` < 1.
+          TypeError: ``layer_instance`` is no module.
         """
         mutable = not self.stateless and self.is_mutable_collection(self.collection_name)
         if update_stats is None:
@@ -569,7 +583,7 @@ class SpectralNorm(nn.Module):
         return self._run(_Call(_method, args, kwargs), update_stats)
 
     @nn.nowrap
-    def __getattr__(self, name: str):
+    def __getattr__(self, name: str) -> Any:
         """The layer's other methods, with normalized kernels, and its plain attributes."""
         layer = self.__dict__.get("layer_instance")
         if name.startswith("_") or not isinstance(layer, nn.Module):
@@ -666,7 +680,7 @@ class SpectralNorm(nn.Module):
 
         def substitute(variables):
             raw.append(variables)
-            flat = traverse_util.flatten_dict(variables.get("params", {}))
+            flat: _Flat = traverse_util.flatten_dict(variables.get("params", {}))
             for key, leaf in flat.items():
                 # Several parts come one by one, without their names.
                 path = "/".join(key) if len(parts) == 1 else path_of.get(id(_value(leaf)))
@@ -708,11 +722,14 @@ class SpectralNorm(nn.Module):
           paths: module path of each part of the layer -> its path here.
         """
 
+        assert self.scope is not None  # this is inside of a call
+        trace_level = self.scope.trace_level
+
         def intercept(next_fun, args, kwargs, context):
             layer, kind = context.module, _kind(context.module)
             inside = next((p for p in paths if layer.path[: len(p)] == p), None)
             # Inside nn.jit and the like an array from out here would be a leak.
-            here = layer.scope is not None and layer.scope.trace_level == self.scope.trace_level
+            here = layer.scope is not None and layer.scope.trace_level == trace_level
             if kind is None or inside is None or not here or context.method_name == "setup":
                 return next_fun(*args, **kwargs)
             name, _ = _ADAPTERS[kind]
@@ -775,11 +792,12 @@ class SpectralNorm(nn.Module):
         method, args, kwargs = call
         direct = _stock_view(self.layer_instance, args, kwargs, self.conv)
         if direct:
-            seen = {path: {view} for path, view in direct.items()}
+            seen: dict[str, set[View | None]] = {path: {view} for path, view in direct.items()}
             uses, beside = _trace.Uses(seen, frozenset(), frozenset(params)), {}
         else:
             # A block of several layers: one abstract evaluation of a detached copy of it.
             layer = self.layer_instance.clone(parent=None)
+            assert self.scope is not None
             rngs = {name: jax.random.key(0) for name in self.scope.root.rngs}
             # Traced, so that what changes from call to call is no constant.
             others = jax.tree.map(jax.typeof, others)

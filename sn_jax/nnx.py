@@ -14,8 +14,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from flax.nnx.nn.dtypes import promote_dtype
+from jax.core import Tracer
 
 from sn_jax import _core, _flax, _rules, _trace
+from sn_jax._flax import ConvView
 from sn_jax._nnx import (
     HashableDict,
     Stats,
@@ -27,7 +29,19 @@ from sn_jax._nnx import (
 )
 from sn_jax._views import Matrix, Scaled, Values, View
 
-ConvView = Literal["reshape", "operator"]
+__all__ = [
+    "ConvView",
+    "Method",
+    "SpectralNorm",
+    "SpectralStat",
+    "bake",
+    "load_state",
+    "spectral_norms",
+    "views",
+    "wrap",
+]
+
+# The name of a method, or a function of the model and the arguments.
 Method = str | Callable[..., Any]
 
 
@@ -180,7 +194,7 @@ def _mark(layer, kind, conv, name):
     return mark
 
 
-def _at_product(layer: nnx.Module, change) -> None:
+def _at_product(layer: Any, change: Callable) -> None:
     """The layer's kernel is changed where it enters the product, at every call from now on."""
     layer.promote_dtype = _flax.AtProduct(layer.promote_dtype, promote_dtype, change)
 
@@ -269,11 +283,18 @@ def _lora_groups(model: nnx.Module) -> dict[str, tuple[str | None, str, str]]:
     return {name: group for name, group in groups.items() if group[0] or group[1] not in inside}
 
 
-class SpectralStat(nnx.BatchStat):
-    """State of spectral normalization (``u`` or ``sigma``).
+class SpectralStat(nnx.BatchStat[Any]):
+    """State of spectral normalization: ``u``, ``sigma`` or ``v`` of one kernel.
 
     A BatchStat to every existing filter and loop; a type of its own, so that averages of the
     batch statistics can leave it out.
+
+    Example:
+      >>> rngs = nnx.Rngs(0)
+      >>> layer = SpectralNorm(nnx.Linear(3, 4, rngs=rngs), rngs=rngs)
+      >>> others = nnx.All(nnx.BatchStat, nnx.Not(SpectralStat))
+      >>> [len(nnx.to_flat_state(nnx.state(layer, kind))) for kind in (SpectralStat, others)]
+      [2, 0]
     """
 
 
@@ -309,11 +330,12 @@ class _Options:
         object.__setattr__(self, "bound", _frozen_bound(self.bound))
 
     def bounds(self) -> Mapping[str, Any]:
-        bound = self.bound
-        if isinstance(bound, Mapping):
-            bound = {path: b.array if isinstance(b, Values) else b for path, b in bound.items()}
-        bound = bound.array if isinstance(bound, Values) else bound
-        return _core.bounds_by_path(bound, dict.fromkeys(dict(self.views)))
+        def thawed(bound: Any) -> Any:
+            if isinstance(bound, Mapping):
+                return {path: thawed(b) for path, b in bound.items()}
+            return bound.array if isinstance(bound, Values) else bound
+
+        return _core.bounds_by_path(thawed(self.bound), dict.fromkeys(dict(self.views)))
 
 
 _OPTIONS = frozenset(field.name for field in fields(_Options))
@@ -326,7 +348,7 @@ def _frozen_bound(bound: Any) -> Any:
     """A bound that can be hashed: numbers as floats, arrays Values."""
     if isinstance(bound, Mapping):
         return HashableDict({path: _frozen_bound(b) for path, b in bound.items()})
-    if isinstance(bound, jax.core.Tracer):
+    if isinstance(bound, Tracer):
         raise TypeError(
             "bound of SpectralNorm is a static option and cannot be traced: give a number, or use "
             "sn_jax.spectral_normalize, which takes a traced one."
@@ -426,9 +448,9 @@ class SpectralNorm(nnx.Module):
             )
         if any(isinstance(layer, SpectralNorm) for _, layer in nnx.iter_modules(layer_instance)):
             raise ValueError(f"{what}, which holds a SpectralNorm already: wrap a layer once.")
-        self.layer_instance = layer_instance
+        self.layer_instance: nnx.Module = layer_instance
         # The name that flax's .train() and .eval() set on modules.
-        self.use_running_average = not update_stats
+        self.use_running_average: bool = not update_stats
 
         params = _params(nnx.state(layer_instance, nnx.Param))
         found, sizes, given = {}, [], _rules.compile_rules(rules, params)
@@ -486,32 +508,45 @@ class SpectralNorm(nnx.Module):
                 # Zero until what enters the product has been seen: the first call warms up then.
                 x = jnp.zeros_like(x) if key == "sigma" and not known else x
                 node[key] = SpectralStat(x.astype(param_dtype))
-        self.batch_stats = nnx.data(stats)
+        self.batch_stats: Stats = nnx.data(stats)
         for path in resolved if use_scale else ():
             ones = jnp.ones(resolved[path].batch_shape(params[path].shape), param_dtype)
             scales.at(path.split("/"))["scale"] = nnx.Param(ones)
-        self.scales = nnx.data(scales)
+        self.scales: Stats = nnx.data(scales)
 
-    def set_view(self, use_running_average: bool | None = None, **kwargs) -> dict:
-        """For ``nnx.view``.
+    def set_view(self, use_running_average: bool | None = None, **kwargs: Any) -> dict[str, Any]:
+        """Switch between training and eval, for ``nnx.view``.
 
         Args:
-          use_running_average: True for eval, False for training.
+          use_running_average: True for eval, False for training; None leaves it.
+          **kwargs: options of other modules.
+
+        Returns:
+          dict: ``kwargs``, of which none is for this module.
         """
         if use_running_average is not None:
             self.use_running_average = use_running_average
         return kwargs
 
-    def __call__(self, *args, update_stats: bool | jax.Array | None = None, **kwargs):
+    def __call__(
+        self, *args: Any, update_stats: bool | jax.Array | None = None, **kwargs: Any
+    ) -> Any:
         """The layer's output with normalized kernels.
 
         Args:
           *args, **kwargs: for the layer.
-          update_stats: store the update; by default whether in training mode.
+          update_stats: store the update; by default whether in training mode. May be traced.
+
+        Returns:
+          The layer's output.
+
+        Raises:
+          ValueError: the layer no longer holds a kernel that it had, uses one that has no state,
+            or changes one in a way that is not seen.
         """
         return self._run("__call__", args, kwargs, update_stats)
 
-    def __getattr__(self, name: str):
+    def __getattr__(self, name: str) -> Any:
         # Only for names that this module lacks: the layer's attributes and methods, then options.
         if name.startswith("__") or "layer_instance" not in vars(self):
             raise AttributeError(f"{type(self).__name__} has no attribute {name!r}.")
@@ -528,7 +563,7 @@ class SpectralNorm(nnx.Module):
 
         return method
 
-    def __setattr__(self, name: str, value: Any):
+    def __setattr__(self, name: str, value: Any) -> None:
         if name in _OWN or name.startswith("__") or "_options" not in vars(self):
             super().__setattr__(name, value)
         elif hasattr(self.layer_instance, name):
@@ -574,6 +609,7 @@ class SpectralNorm(nnx.Module):
         twin = Twin(layer, graphdef, replaced)
         # Inside other layers nnx.jit and the like may run, where an array from out here is a leak.
         scaled = type(layer) in (*_dense_layers(), nnx.MultiHeadAttention)
+        part: Any
         for path, part in nnx.iter_modules(twin.copy):
             kind, stock = _kind(part), _dense_layers().get(type(part))
             name = name_of((*path, _ADAPTERS[kind].name)) if kind else None
@@ -689,7 +725,8 @@ class SpectralNorm(nnx.Module):
             return _core.start_state(w, view, self._options.n_vectors)
         stats = self.batch_stats.at(name.split("/"))
         if self._options.store_v:
-            return _core.Singular(*(stats[key][...] for key in ("u", "v", "sigma")), view)
+            u, v, sigma = (stats[key][...] for key in ("u", "v", "sigma"))
+            return _core.Singular(u, v, sigma, view)
         return _flax.stored_state(w, view, stats["u"][...], stats["sigma"][...])
 
     def _store(self, name, old, new, update_stats):
@@ -729,7 +766,8 @@ def _resolved(graphdef, state, args, kwargs, method, options, task, who) -> _fla
 @lru_cache(maxsize=256)
 def _resolved_types(graphdef, types, treedef, method, options, who) -> _flax.Resolved:
     """The same, looked at once for all calls with arrays of these types."""
-    return _resolved(graphdef, *treedef.unflatten(types), method, options, "wrap", who)
+    state, args, kwargs = treedef.unflatten(types)
+    return _resolved(graphdef, state, args, kwargs, method, options, "wrap", who)
 
 
 @cache

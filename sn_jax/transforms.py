@@ -18,6 +18,10 @@ from sn_jax._operator import Operator
 from sn_jax._rules import Rules
 from sn_jax._views import View, compute_dtype
 
+__all__ = ["ProjectSpectralNormState", "project_spectral_norm"]
+
+# To optax's own type a state is of arrays, tuples and mappings, and no registered dataclass.
+_OptState = Any
 # Half of what exact=True promises; the rest is for the error of the norm itself.
 _TOLERANCE = 5e-6
 _MOST = 2**14
@@ -29,6 +33,12 @@ class ProjectSpectralNormState(NamedTuple):
     Attributes:
       singular: path -> Singular. Its sigma is the norm before the last projection: an estimate,
         or exact with ``exact=True``.
+
+    Example:
+      >>> project = project_spectral_norm(None, jax.random.key(0))
+      >>> state = project.init({"kernel": jnp.diag(jnp.array([2.0, 0.5]))})
+      >>> print(f"{state.singular['kernel'].sigma:.2f}")
+      2.00
     """
 
     singular: State
@@ -107,9 +117,10 @@ def project_spectral_norm(
         )
     n_steps = _power.as_steps(1 if n_steps is None else n_steps)
 
-    def init(params: chex.ArrayTree) -> ProjectSpectralNormState:
+    def init(params: optax.Params) -> _OptState:
         if isinstance(params, _placeholder()):
-            return ProjectSpectralNormState(0)
+            one_leaf: Any = 0
+            return ProjectSpectralNormState(one_leaf)
         state = _core.init(params, key, _rules_here(rules, params))
         _core.bounds_by_path(bound, state)
         if not exact:
@@ -118,33 +129,33 @@ def project_spectral_norm(
         return ProjectSpectralNormState(state)
 
     def update(
-        updates: chex.ArrayTree,
-        state: ProjectSpectralNormState,
-        params: chex.ArrayTree | None = None,
-    ) -> tuple[chex.ArrayTree, ProjectSpectralNormState]:
+        updates: optax.Updates,
+        state: _OptState,
+        params: optax.Params | None = None,
+    ) -> tuple[optax.Updates, _OptState]:
         if params is None:
             raise ValueError(
                 "project_spectral_norm needs the parameters that it projects: call "
                 "optimizer.update(grads, opt_state, params)."
             )
-        state = state.singular
+        singular: State = state.singular
         stepped = optax.apply_updates(params, updates)
         old, mid, us = (_rules.named_leaves(tree) for tree in (params, stepped, updates))
         if exact:
-            bounds = _core.bounds_by_path(bound, state)
-            projected, new_state = {}, {}
-            for path, w in _core.weights_of(stepped, state).items():
-                view, eps = state[path].view, jnp.finfo(us[path].dtype).eps
-                projected[path], sigma = _project(w, old[path], bounds[path], eps, view=view)
-                new_state[path] = replace(state[path], sigma=sigma.astype(state[path].sigma.dtype))
+            bounds = _core.bounds_by_path(bound, singular)
+            projected, new = {}, {}
+            for path, w in _core.weights_of(stepped, singular).items():
+                before, eps = singular[path], jnp.finfo(us[path].dtype).eps
+                projected[path], sigma = _project(w, old[path], bounds[path], eps, view=before.view)
+                new[path] = replace(before, sigma=sigma.astype(before.sigma.dtype))
         else:
-            tree, new_state = _core.spectral_normalize(
-                stepped, state, n_steps=n_steps, bound=bound, mode="clip", gradient="stop"
+            tree, new = _core.spectral_normalize(
+                stepped, singular, n_steps=n_steps, bound=bound, mode="clip", gradient="stop"
             )
             projected = _rules.named_leaves(tree)
         changed = {path: _difference(projected[path], mid[path], old[path], us[path])
-                   for path in state}  # fmt: skip
-        return _rules.with_leaves(updates, changed), ProjectSpectralNormState(new_state)
+                   for path in singular}  # fmt: skip
+        return _rules.with_leaves(updates, changed), ProjectSpectralNormState(new)
 
     return optax.GradientTransformation(init, update)
 
@@ -153,11 +164,16 @@ def project_spectral_norm(
 def _placeholder() -> type:
     """What ``optax.tree_map_params`` passes to ``init`` in the place of parameters."""
     seen: list[Any] = []
-    optax.tree_map_params(seen.append, lambda _: None, None)
+
+    def init(params: optax.Params) -> optax.OptState:
+        seen.append(params)
+        return ()
+
+    optax.tree_map_params(init, lambda _: None, ())
     return type(seen[0])
 
 
-def _rules_here(rules: Rules | None, params: chex.ArrayTree) -> Rules | None:
+def _rules_here(rules: Rules | None, params: optax.Params) -> Rules | None:
     """Without those that match nothing, if ``optax.masked`` has hidden leaves."""
 
     def is_hidden(node):

@@ -11,6 +11,7 @@ from pathlib import Path
 from zipfile import ZipFile
 
 import pytest
+from flax import linen as nn
 
 import sn_jax
 
@@ -27,7 +28,33 @@ FLOORS = [
     {"linen", "nnx"},
     {"__init__"},
 ]
-PUBLIC = [getattr(sn_jax, name) for name in sn_jax.__all__ if name not in ("State", "Rules")]
+PUBLIC_MODULES = ["sn_jax", *(f"sn_jax.{name}" for name in MODULES if not name.startswith("_"))]
+
+
+def public_things():
+    """Dotted name -> class, function, method or property, by ``__all__`` of the public modules.
+
+    Type aliases have no docstring. Methods that a view implements are documented on ``View``.
+    """
+    things = {}
+    for module in PUBLIC_MODULES:
+        namespace = importlib.import_module(module)
+        for name in namespace.__all__:
+            thing = getattr(namespace, name)
+            if not (inspect.isclass(thing) or inspect.isfunction(thing)):
+                continue
+            things[f"{module}.{name}"] = thing
+            for key, member in vars(thing).items() if inspect.isclass(thing) else ():
+                if key.startswith("_") and key != "__call__":
+                    continue
+                if key in vars(sn_jax.View) and thing is not sn_jax.View:
+                    continue
+                if inspect.isfunction(member) or isinstance(member, property):
+                    things[f"{module}.{name}.{key}"] = member
+    return things
+
+
+PUBLIC = public_things()
 
 
 def imports(path: Path) -> set[str]:
@@ -94,16 +121,47 @@ def test_all_is_what_the_package_exports():
     assert not hasattr(sn_jax, "norm_bound")
 
 
-@pytest.mark.parametrize("thing", PUBLIC, ids=lambda thing: thing.__name__)
-def test_public_names_are_documented(thing):
-    doc = inspect.getdoc(thing)
+@pytest.mark.parametrize("name", PUBLIC)
+def test_public_names_are_documented(name):
+    thing = PUBLIC[name]
+    doc = thing.__doc__
+    assert doc, "no docstring"
+    doc = inspect.cleandoc(doc)
     first = doc.split("\n")[0]
-    assert first.endswith((".", "``.")), f"one full sentence first: {first!r}"
+    assert first.endswith("."), f"one full sentence first: {first!r}"
+    if isinstance(thing, property):
+        return
+    for parameter in own_parameters(thing):
+        described = rf"(?m)^ +.*\b{parameter}\b.*:|``[^`]*\b{parameter}\b[^`]*``"
+        assert re.search(described, doc), f"{parameter} is not described"
+    if "." in thing.__qualname__:  # a method
+        return
+    sections = {"Example:"}
     if inspect.isfunction(thing):
-        for parameter in inspect.signature(thing).parameters:
-            assert re.search(rf"\b{parameter}\b.*:", doc), f"{parameter} is not described"
-        for section in ("Args:", "Returns:", "Raises:", "Example:"):
-            assert section in doc
+        sections |= {"Args:", "Raises:"}
+        sections |= set() if inspect.signature(thing).return_annotation is None else {"Returns:"}
+    missing = {section for section in sections if section not in doc}
+    assert not missing
+
+
+def own_parameters(thing) -> list[str]:
+    """Of a function, a method, or the constructor of a class that has one of its own."""
+    others = {"self", "_cls"}
+    if inspect.isclass(thing):
+        made_by = [name for name in ("__new__", "__init__") if name in vars(thing)]
+        if not made_by or thing is sn_jax.View:
+            return []
+        others |= {"parent", "name"} if issubclass(thing, nn.Module) else set()  # Flax's
+        thing = getattr(thing, made_by[0])
+    return [name for name in inspect.signature(thing).parameters if name not in others]
+
+
+def test_public_modules_say_what_is_public():
+    for module in PUBLIC_MODULES:
+        namespace = importlib.import_module(module)
+        own = {name for name, thing in vars(namespace).items() if not name.startswith("_")
+               and getattr(thing, "__module__", None) == module}  # fmt: skip
+        assert own <= {*namespace.__all__}, f"{module}: neither private nor in __all__"
 
 
 @pytest.mark.float32
