@@ -62,7 +62,7 @@ __all__ = [
     "spectral_penalty",
 ]
 
-# What would load SciPy, Flax or optax.
+# Loaded when first used, since they import SciPy, Flax or optax.
 _MODULES = ("convert", "linen", "nnx", "testing", "transforms")
 _NORMS = ("Bounds", "GramResult", "gram_iteration", "norm_bounds", "spectral_norm")
 

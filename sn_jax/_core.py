@@ -26,10 +26,10 @@ from sn_jax._rules import (
     Rules,
     checked_weight,
     closest,
-    listed,
+    label,
+    listing,
     named_leaves,
     select,
-    shown,
     with_leaves,
 )
 from sn_jax._views import Conv, View, kind_of
@@ -64,7 +64,8 @@ class Singular:
     view: View
 
     def __post_init__(self) -> None:
-        # Here, as sn_jax does not import flax: who saves with it has imported it, and holds one.
+        # sn_jax does not import Flax. Whoever saves a state with Flax has imported it by the time
+        # that a Singular is made, so this is where the state can be registered with it.
         _serial.register_with_flax(type(self))
 
 
@@ -134,7 +135,7 @@ def init(
         try:
             check_linear(Operator(view, w), in_w=True)
         except ValueError as error:
-            raise ValueError(f"{shown(path)} of shape {jnp.shape(w)}: {error}") from error
+            raise ValueError(f"{label(path)} of shape {jnp.shape(w)}: {error}") from error
         seed = bits ^ np.uint32(zlib.crc32(path.encode()))
         state[path] = _start(w, seed, view=view, n_vectors=n_vectors, warmup=warmup)
     return state
@@ -326,11 +327,11 @@ def calibrate(
     for path, w in weights_of(params, state).items():
         new[path], stale = _calibrate(w, state[path], rtol, max_steps)
         if not isinstance(stale, Tracer) and stale:
-            unfinished.append(shown(path))
+            unfinished.append(label(path))
     if unfinished:
         warnings.warn(
             f"calibrate took {max_steps} steps, and the residual of these is still above rtol = "
-            f"{rtol:g}: {listed(unfinished)}. Singular values that lie close together take many "
+            f"{rtol:g}: {listing(unfinished)}. Singular values that lie close together take many "
             "steps, fewer from a state of several n_vectors, and below the rounding of its dtype "
             "no residual falls: give more max_steps, n_vectors, or a larger rtol.",
             stacklevel=2,
@@ -407,11 +408,11 @@ def _factor(sigma, bound, mode, gradient):
     tiny = jnp.finfo(value.dtype).tiny
     safe = jnp.where(value < tiny, jnp.ones_like(value), value)
     factor = jnp.asarray(bound, value.dtype) / safe
-    # Subnormal, which processors take for 0: the weights are too large.
+    # For weights this large the factor is a subnormal number, which processors flush to zero.
     factor = jnp.where(factor < tiny, jnp.nan, factor)
     if gradient == "through":
-        # As constant / ratio with a ratio of 1: derivatives then involve no 1 / sigma^2, which
-        # overflows float32 long before the weights are tiny.
+        # The factor is a constant divided by a ratio whose value is 1. Its derivatives contain no
+        # 1 / sigma^2, which would overflow float32 long before the weights are tiny.
         factor = factor / _power.with_value(sigma / safe, jnp.ones_like(value))
     if mode == "clip":
         factor = jnp.where(value <= bound, jnp.ones_like(factor), factor)
@@ -528,8 +529,8 @@ def from_state_dict(d: Mapping[str, Any], template: State | Mapping[str, View]) 
     if missing or unknown:
         raise ValueError(
             f"The stored state is of another model than the template. Only the template has: "
-            f"{listed(sorted(missing))}; only the stored state has: "
-            f"{listed(sorted(unknown))}. Make the template by sn_jax.init with the "
+            f"{listing(sorted(missing))}; only the stored state has: "
+            f"{listing(sorted(unknown))}. Make the template by sn_jax.init with the "
             "parameters and rules of the model that was saved."
         )
     state = {}
@@ -597,7 +598,7 @@ def weights_of(params: Params, state: State) -> dict[str, Array]:
             raise ValueError(
                 f"state has an entry {path!r}, but params have no such leaf{hint} "
                 f"Make the state with sn_jax.init from these parameters. They are: "
-                f"{listed(leaves)}."
+                f"{listing(leaves)}."
             )
         w = checked_weight(path, leaves[path], singular.view)
         batch, domain, codomain = Operator(singular.view, w).spaces
@@ -616,12 +617,12 @@ def _raise_changed(path, w, view, name, expected, got):
         what = {"u": "outputs", "v": "inputs"}[name]
         if got[: -n - 1] == expected[: -n - 1]:
             raise ValueError(
-                f"{shown(path)} is seen as {view}, with {what} of size {expected[-n - 1 : -1]}, "
+                f"{label(path)} is seen as {view}, with {what} of size {expected[-n - 1 : -1]}, "
                 f"but the state was made for {what} of size {got[-n - 1 : -1]}: not the parameter "
                 "but the image size has changed. Make a new state, or keep to the old size."
             )
     raise ValueError(
-        f"{shown(path)} has shape {jnp.shape(w)}, which asks for {name} of shape {expected}, "
+        f"{label(path)} has shape {jnp.shape(w)}, which asks for {name} of shape {expected}, "
         f"but the state holds {got}: the parameter's shape has changed since "
         "sn_jax.init. Make a new state."
     )
@@ -638,8 +639,8 @@ def bounds_by_path(
         near = closest(unknown[0], state, 1) if unknown else []
         raise ValueError(
             "bound as a mapping needs exactly the paths of the state"
-            + (f"; missing: {listed(missing)}" if missing else "")
-            + (f"; unknown: {listed(unknown)}" if unknown else "")
+            + (f"; missing: {listing(missing)}" if missing else "")
+            + (f"; unknown: {listing(unknown)}" if unknown else "")
             + (f" (the closest to the first is {near[0]})" if near else "")
             + "."
         )
@@ -652,17 +653,17 @@ def _checked_bound(path: str, value: Any, singular: Singular | None) -> Any:
     numeric = (jnp.floating, jnp.integer)
     if not any(jnp.issubdtype(number.dtype, kind) for kind in numeric):
         raise TypeError(
-            f"bound for {shown(path)} must be a positive number, or a mapping from paths to such; "
+            f"bound for {label(path)} must be a positive number, or a mapping from paths to such; "
             f"got {kind_of(value)}."
         )
     if known and not (np.all(number > 0) and np.all(np.isfinite(number))):
         raise ValueError(
-            f"bound for {shown(path)} must be a positive, finite number; got {number}."
+            f"bound for {label(path)} must be a positive, finite number; got {number}."
         )
     norms = number.shape if singular is None else singular.sigma.shape
     if number.shape not in ((), norms):
         raise ValueError(
-            f"bound for {shown(path)} has shape {number.shape}, but its norms have {norms}: give "
+            f"bound for {label(path)} has shape {number.shape}, but its norms have {norms}: give "
             "one number, or an array of that shape; where shapes differ, a mapping from paths."
         )
     return value if number.shape == () else jnp.asarray(value)

@@ -15,7 +15,7 @@ from jax import Array, lax
 
 from sn_jax import _core, _mesh, _power, _trace
 from sn_jax._operator import Operator
-from sn_jax._rules import WEIGHT_NAMES, Rules, compile_rules, listed
+from sn_jax._rules import WEIGHT_NAMES, Rules, compile_rules, listing
 from sn_jax._views import Conv, Matrix, View, compute_dtype
 
 ConvView = Literal["reshape", "operator"]
@@ -44,12 +44,12 @@ class AtProduct:
         return arrays if self.is_stock else self._changed(arrays)
 
     def _changed(self, arrays):
-        # (embedding,), (query, embedding) or (x, kernel, bias)
+        # Layers call it with (embedding,), (query, embedding) or (x, kernel, bias).
         x, place = arrays[0], min(1, len(arrays) - 1)
         return (*arrays[:place], self.change(arrays[place], x), *arrays[place + 1 :])
 
 
-# Attributes by which a Flax layer's product is another than the stock layer's.
+# The attributes that decide what product a Flax layer computes.
 PRODUCT = (
     "dot_general", "dot_general_cls", "promote_dtype", "preferred_element_type", "mask",
     "conv_general_dilated", "conv_general_dilated_cls",
@@ -82,7 +82,7 @@ def scaled_product(leaf: _core.Leaf) -> Callable[..., Array]:
             leaf.factor.ndim == 0
             and x.dtype == scaled.dtype == leaf.w.dtype == jnp.float32
             and batch == ((), ())
-            # Not so of the symbolic sizes of jax.export: of those nothing is known.
+            # Sizes that are symbols of jax.export cannot be compared.
             and isinstance(x.size, int)
             and 0 < x.size <= 2 * n_in**2
             and (jax.default_backend() == "cpu" or precision == lax.Precision.HIGHEST)
@@ -283,7 +283,7 @@ def resolve(
         )
     if not views and not at_product:
         raise ValueError(
-            f"{who} finds no kernel to normalize among {listed(leaves)}: wrap or give a "
+            f"{who} finds no kernel to normalize among {listing(leaves)}: wrap or give a "
             "model that has one, or name one by rules."
         )
     for path, view in views.items():

@@ -74,7 +74,8 @@ class Twin:
         return self._original.get(id(part), part)
 
 
-# Where NNX notes which attributes hold arrays and modules: what a new one is follows its maker.
+# NNX's own record of which attributes hold arrays and modules. A new attribute is recorded as that
+# of the module that made it.
 _MARKS = "_pytree__nodes"
 
 

@@ -43,9 +43,9 @@ from sn_jax._views import Conv, Matrix, Scaled, Shape, View, check_view, kind_of
 
 # An explicit matrix is formed where its smaller side is at most this: 128 MiB for the Gram matrix.
 _EXPLICIT = 4096
-# Below, LAPACK is quicker than a Lanczos iteration.
+# Below this size LAPACK is quicker than a Lanczos iteration.
 _SMALL = 128
-# Lanczos vectors kept between restarts.
+# How many Lanczos vectors are kept between restarts.
 _VECTORS = 100
 _MOST_BYTES = 2**31
 _FAILURE = 1e-9
@@ -258,7 +258,7 @@ def norm_bounds(
             else:
                 *ends, borders = _conv_bounds(kernel, single, rtol)
                 reason = borders or reason
-            # Outwards, for a product that is subnormal and so not exact.
+            # A subnormal product is not exact, so the bracket is widened by one unit.
             lowest, highest = (scale * end for end in ends)
             ends = np.nextafter(lowest, 0), np.nextafter(highest, math.inf) if ends[1] else 0.0
         lower[index], upper[index] = ends
@@ -397,7 +397,7 @@ def _scaled(w: np.ndarray) -> tuple[float, np.ndarray]:
     underflow to any effect."""
     peak = np.max(np.abs(w), initial=0.0)
     exponent = int(np.frexp(peak)[1]) - 1 if peak > 0 else 0
-    # Two factors: 2^-exponent itself overflows for subnormal weights.
+    # In two factors, since 2^-exponent itself overflows for subnormal weights.
     half = exponent // 2
     return 2.0**exponent, np.ldexp(np.ldexp(w, -half), half - exponent)
 
@@ -423,7 +423,8 @@ def _certify(parts: Iterable[Blocks], rtol: float) -> tuple[float, float]:
         rounding, error = max(rounding, part.rounding), max(error, part.error)
         terms = (4 if np.iscomplexobj(gram) else 2) * r + 16
         factor = max(factor, gamma(terms) * r * (1 + 1e-6) + 2 * UNIT)
-        # Frobenius norms first: they settle the small symbols of a smooth kernel for nothing.
+        # Frobenius norms come first: they cost little and settle the small symbols of a smooth
+        # kernel.
         flat = gram.reshape(len(gram), -1).view(float)
         frobenius_norms = np.sqrt(np.einsum("ij,ij->i", flat, flat)) * (1 + gamma(2 * r * r + 16))
         for i in np.argsort(-frobenius_norms):
@@ -436,7 +437,8 @@ def _certify(parts: Iterable[Blocks], rtol: float) -> tuple[float, float]:
                 before, threshold = threshold, max(threshold, (lower * (1 + 0.5 * rtol)) ** 2)
                 closest = 4 * (factor + rounding / threshold) if threshold else 0.0
                 if threshold <= before * (1 + closest):
-                    # As close to the norm as rounding lets it come: up by more than that.
+                    # The shift is as close to the norm as rounding allows and was refused: raise
+                    # it by more than the rounding.
                     growth = max(2 * growth, closest)
                     threshold = max(before, rounding) * (1 + growth)
     upper = math.sqrt(threshold * (1 + factor) + rounding) * (1 + 8 * UNIT) + error
@@ -447,8 +449,8 @@ def _is_definite(shift: float, gram: np.ndarray) -> bool:
     """Whether Cholesky of ``shift I - gram`` runs to its end."""
     shifted = np.negative(gram)
     shifted.flat[:: len(gram) + 1] += shift
-    # NumPy's, as the products are: SciPy brings a BLAS of its own, and the threads of the two
-    # keep each other from the cores.
+    # NumPy's Cholesky, since the products are NumPy's: SciPy brings a BLAS of its own, and the
+    # threads of the two would compete for the cores.
     try:
         np.linalg.cholesky(shifted)
     except np.linalg.LinAlgError:
@@ -459,14 +461,15 @@ def _is_definite(shift: float, gram: np.ndarray) -> bool:
 def _leading_eigenvector(gram: np.ndarray, rtol: float) -> np.ndarray:
     r = len(gram)
     if r > _SMALL:
-        # The transpose is in Fortran's order, and the conjugate. One BLAS again, here SciPy's.
+        # The transpose lies in Fortran's order, and its eigenvector is the conjugate. SciPy's BLAS
+        # alone is used here.
         name = "hemv" if gram.dtype == complex else "symv"
         (multiply,) = scipy.linalg.get_blas_funcs((name,), (gram,))
         start = np.random.default_rng(0).standard_normal(r).astype(gram.dtype)
         with contextlib.suppress(ArpackNoConvergence):
             tol = min(0.1 * rtol, 1e-4)
             return _lanczos(partial(multiply, 1.0, gram.T), start, tol).conj()
-    # All of them: LAPACK's search for the last one alone can find none where all are equal.
+    # All eigenvalues, since LAPACK's search for the last one alone can fail where all are equal.
     return np.linalg.eigh(gram)[1][:, -1]
 
 

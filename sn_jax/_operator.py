@@ -126,7 +126,7 @@ class Operator:
         values = _mesh.as_varying(jnp.zeros(batch, dtype), sum(names, ())), u, v
         if not _mesh.is_explicit(self.w):
             return values
-        return tuple(map(jax.sharding.reshard, values, self.types()))
+        return tuple(map(jax.sharding.reshard, values, self.shardings()))
 
     def run(
         self, method: Callable[..., tuple], u: Array, v: Array, n_more: int = 0, **options
@@ -148,11 +148,11 @@ class Operator:
             return method(Operator(self.view, w), u, v, **static, **arrays)
 
         if _mesh.is_explicit(self.w):
-            types = self.types()
-            run = _mesh.on_automatic_axes(run, (*types, *[types[0]] * n_more))
+            shardings = self.shardings()
+            run = _mesh.on_automatic_axes(run, (*shardings, *[shardings[0]] * n_more))
         return tuple(run(self.w.astype(dtype), u, v, arrays))
 
-    def types(self) -> tuple[NamedSharding, NamedSharding, NamedSharding]:
+    def shardings(self) -> tuple[NamedSharding, NamedSharding, NamedSharding]:
         """How (sigma, u, v) are sharded as the kernel's explicit axes imply."""
         sharding, axes = jax.typeof(self.w).sharding, vector_axes(self.view, self.w.ndim)
         spec = (*sharding.spec, *[None] * (self.w.ndim - len(sharding.spec)))

@@ -160,7 +160,7 @@ class _Function:
 
 def _traced(matvec: Callable[[Array], Array], v0: Array) -> tuple["_Program", list[Array]]:
     """(program, the arrays that ``matvec`` closes over, which are the program's arguments)."""
-    # Through a function of its own: traces of one that was seen before are remembered.
+    # Wrapped in a new function, since JAX would return the trace of one that it has seen before.
     closed, out = jax.make_jaxpr(lambda x: matvec(x), return_shape=True)(v0)
     if not isinstance(out, jax.ShapeDtypeStruct):
         raise TypeError(f"matvec must return one array; got a {type(out).__name__}.")
@@ -202,7 +202,7 @@ def _structure(x: Any) -> Any:
     Equal forms compute equally; whatever is not understood is compared by identity, and lives as
     long as the program that holds it.
     """
-    # Here, as it loads Pallas and more, which would be half of the time to import sn_jax.
+    # Imported here, since it loads Pallas and would double the time that sn_jax takes to import.
     from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 
     if isinstance(x, ClosedJaxpr):
@@ -262,7 +262,7 @@ def iterate(
     start = vectors.squeezed(u)
     carry = start, vectors.squeezed(v), frozen.rmv(start)
     if not isinstance(n_steps, int) or n_steps > 1:
-        # Unrolled where it is short: XLA's convolutions are many times slower inside a CPU loop.
+        # Short loops are unrolled: inside a loop, XLA's convolutions on CPUs are many times slower.
         short = isinstance(n_steps, int) and n_steps <= 5
         carry = lax.fori_loop(1, n_steps, step, carry, unroll=True if short else None)
     sigma, *new = vectors.finish(*carry)
@@ -374,12 +374,12 @@ class _Vectors:
         b, lead = self.batch_ndim, self.lead
         rotation = _ritz(lax.stop_gradient(y), b)
         v, y = _combine(rotation, v, b), _combine(rotation, y, b)
-        # Orthonormal only to sqrt(eps): dividing by the true length keeps sigma <= |A|.
+        # v is orthonormal only to sqrt(eps). Dividing by its true length keeps sigma <= |A|.
         length = _norm(v, lead)
         length = jnp.where(length > 0, length, jnp.ones_like(length))
         v, y = v / _expand(length, v), y / _expand(length, y)
         v = unit(v, v_old, lead)
-        # Eigenvectors have no sign of their own: keep the one that the stored vectors had.
+        # The sign of an eigenvector is arbitrary: choose that of the stored vector.
         along = _inner(v, v_old, lead)
         sign = jnp.where(along < 0, -jnp.ones_like(along), jnp.ones_like(along))
         return v * _expand(sign, v), y * _expand(sign, y)
@@ -444,13 +444,13 @@ def unit(x: Array, fallback: Array | float, lead: int) -> Array:
 def _unit_and_length(x: Array, fallback: Array | float, lead: int) -> tuple[Array, Array]:
     """``unit`` and |x|, which is 0 or NaN where x has no direction."""
     axes = tuple(range(lead, x.ndim))
-    # Scaled by its largest entry: squares of 1e-30 would underflow in float32. In two steps, as the
-    # inverse of the largest numbers is subnormal, which processors take for 0.
+    # x is divided by its largest entry, since squares of 1e-30 would underflow in float32; in two
+    # steps, since the inverse of the largest numbers is subnormal and flushed to zero.
     peak = jnp.max(jnp.abs(x), axes, initial=0 if 0 in x.shape else None)
     first = jnp.where(peak > 1, 2.0**-8, 1.0).astype(x.dtype)
     scale = 1 / (peak * first)
     x_scaled = (x * _expand(first, x)) * _expand(scale, x)
-    # NaN or inf where x is zero, subnormal or not finite; else at least 1.
+    # Zero, NaN or infinite if x is zero, subnormal or not finite; otherwise at least 1.
     square = jnp.sum(x_scaled * x_scaled, axes)
     usable = (square > 0) & (square < jnp.inf)
     x = jnp.where(_expand(usable, x), x_scaled * _expand(lax.rsqrt(square), x), fallback)

@@ -19,7 +19,7 @@ from sn_jax._views import Matrix, View, check_view, kind_of
 Params = Any
 Rules = Mapping[str, View | None]
 
-# Those of Flax, Haiku and Equinox.
+# How Flax, Haiku and Equinox name weights.
 WEIGHT_NAMES = (
     "kernel", "w", "weight", "embedding", "embeddings", "weight_ih", "weight_hh", "w_i", "w_h",
 )  # fmt: skip
@@ -70,7 +70,7 @@ def select(params: Params, leaves: Mapping[str, Any], rules: Rules | None) -> di
         )
         raise ValueError(
             f"No parameter to normalize: none is {wanted}. The paths are: "
-            f"{listed(map(shown, leaves))}. "
+            f"{listing(map(label, leaves))}. "
             "Give rules that match some of them."
         )
     return selected
@@ -148,10 +148,10 @@ def _raise_unmatched(pattern, regex, view, leaves):
     if list(leaves) == [""]:
         hint = "params are one array, and its path is '': give {'': view}"
     elif part is not None:
-        hint = f"it is a part of {shown(part)}, and rules match in full, as r'.*{pattern}.*' would"
+        hint = f"it is a part of {label(part)}, and rules match in full, as r'.*{pattern}.*' would"
     raise ValueError(
         f"No parameter to {what} by the rule {pattern!r}: it matches no path. The closest of "
-        f"{len(leaves)} are: {listed(closest(str(pattern), leaves))}; {hint}."
+        f"{len(leaves)} are: {listing(closest(str(pattern), leaves))}; {hint}."
     )
 
 
@@ -161,10 +161,10 @@ def closest(name: str, paths: Iterable[str], most: int = 3) -> list[str]:
     def likeness(path):
         return difflib.SequenceMatcher(None, name, path).ratio()
 
-    return [shown(path) for path in sorted(paths, key=likeness, reverse=True)[:most]]
+    return [label(path) for path in sorted(paths, key=likeness, reverse=True)[:most]]
 
 
-def shown(path: str) -> str:
+def label(path: str) -> str:
     """A path in a sentence: parameters that are one array have the empty one."""
     return path or "'' (params itself)"
 
@@ -188,7 +188,7 @@ def _default_views(params: Params, leaves: Mapping[str, Any]) -> dict[str, View]
     if selected and left_out:
         warnings.warn(
             f"sn_jax.init without rules leaves alone what is named none of "
-            f"{', '.join(WEIGHT_NAMES)}, though it has two axes or more: {listed(left_out)}. Give "
+            f"{', '.join(WEIGHT_NAMES)}, though it has two axes or more: {listing(left_out)}. Give "
             "rules to say which parameters are meant.",
             stacklevel=4,
         )
@@ -200,12 +200,12 @@ def _default_view(path: str, shape: tuple[int, ...], owner: Any) -> View:
         return Matrix()
     first = Matrix(tuple(range(1, len(shape))), 0)
     output_first = _parent_and_name(path)[1] == "weight"
-    # Equinox's convolutions, and not a stack of them.
+    # A convolution of Equinox, but not a stack of several.
     if output_first and getattr(owner, "num_spatial_dims", None) == len(shape) - 2:
         return first
     torch = f", or sn_jax.{first} if outputs come first, as in PyTorch" if output_first else ""
     raise ValueError(
-        f"{shown(path)} of shape {shape} has more than 2 axes, and which of them are input, output "
+        f"{label(path)} of shape {shape} has more than 2 axes, and which of them are input, output "
         f"or batch cannot be told from the shape: {_WAYS_OUT}{torch}."
     )
 
@@ -252,25 +252,25 @@ def _is_scale(path: str, shape: tuple[int, ...], leaves: Mapping[str, Any], owne
 
 def checked_weight(path: str, w: Any, view: View) -> Array:
     """The leaf as an array that the view fits, or a sentence that says why not."""
-    check_view(view, f"The entry or rule for {shown(path)}")
+    check_view(view, f"The entry or rule for {label(path)}")
     if not (hasattr(w, "shape") and hasattr(w, "dtype")):
         raise TypeError(
-            f"{shown(path)} is a {type(w).__name__}, not an array; exclude it by a rule "
+            f"{label(path)} is a {type(w).__name__}, not an array; exclude it by a rule "
             f"{{{re.escape(path)!r}: None}} before the others."
         )
     if not jnp.issubdtype(w.dtype, jnp.floating):
         raise TypeError(
-            f"{shown(path)} of shape {jnp.shape(w)} is {w.dtype}; only real floating-point weights "
+            f"{label(path)} of shape {jnp.shape(w)} is {w.dtype}; only real floating-point weights "
             "can be normalized: convert it, or exclude it by a rule with None."
         )
     try:
         check(Operator(view, w))
     except ValueError as error:
-        raise ValueError(f"{shown(path)} of shape {jnp.shape(w)}: {error}") from None
+        raise ValueError(f"{label(path)} of shape {jnp.shape(w)}: {error}") from None
     return w
 
 
-def listed(paths, most: int = 10) -> str:
+def listing(paths, most: int = 10) -> str:
     paths = list(paths)
     rest = f" and {len(paths) - most} more" if len(paths) > most else ""
     return (", ".join(paths[:most]) or "none") + rest

@@ -19,9 +19,9 @@ import scipy.sparse
 from sn_jax._views import Conv, Shape
 
 UNIT = 2.0**-53
-# Bytes of Gram matrices that are made at a time.
+# How many bytes of Gram matrices are made at a time.
 _CHUNK = 2**27
-# Entries of a matrix up to which it is not kept sparse: BLAS is that much faster.
+# A matrix with at most this many entries is not kept sparse, since BLAS is faster.
 _DENSE = 2**25
 
 Block = np.ndarray | scipy.sparse.csr_array
@@ -68,7 +68,7 @@ def blocks_of(blocks: list[Block] | np.ndarray, error: float = 0.0) -> Blocks:
         blocks = [block.T for block in blocks]
     grams = [block.conj().T @ block for block in blocks]
     gram = np.stack([g if isinstance(g, np.ndarray) else g.toarray() for g in grams])
-    # Products of complex numbers take four real ones: a generous count for either.
+    # A product of complex numbers takes four real ones; counted for real numbers, too.
     terms = (4 if np.iscomplexobj(gram) else 2) * max(p, q) + 16
     rounding = gamma(terms) * max(frobenius(block) for block in blocks) ** 2 * (1 + gamma(terms))
     return Blocks(gram, rounding, blocks.__getitem__, error)
@@ -125,12 +125,12 @@ def taps_of(view: Conv, kernel_size: int) -> Taps:
     kernel = kernel[..., None] if view.transpose_kernel and view.transpose else kernel[:, None]
     with on_host():
         respond = jax.jit(jax.vmap(partial(view.matvec, jnp.asarray(kernel))))
-        # Inputs that count themselves: ones count the pixels under a tap, 0, 1, 2, ... name them.
+        # Two probes: ones count the pixels under each tap, and 0, 1, 2, ... say which they are.
         counts, position = np.asarray(respond(np.stack([np.ones(n), np.arange(n)])[..., None]))
         if counts.max(initial=0) <= 1:
             out, tap = np.nonzero(counts)
             return Taps(tap, out, position[out, tap].astype(int), len(counts), n)
-        # Several pixels under one tap: a kernel wrapped around an image smaller than itself.
+        # A kernel that is wrapped around a smaller image has several pixels under one tap.
         responses = np.asarray(respond(np.eye(n)[..., None]))
     in_, out, tap = np.nonzero(responses)
     copies = responses[in_, out, tap].astype(int)
@@ -161,7 +161,7 @@ def _lattice(view: Conv, kernel_size: int) -> Lattice:
             first = taps.out < n_p
             tap, out, in_ = (x[first] for x in taps[:3])
             size = taps.n_in // n_q
-            # The short way round the circle.
+            # Shifts are counted the shorter way round the circle.
             shift = (in_ // n_q + size // 2) % size - size // 2
             if len(np.unique(shift)) <= 1:  # one shift alone: every symbol is the same
                 size = 1
@@ -179,7 +179,7 @@ def _lattice(view: Conv, kernel_size: int) -> Lattice:
         [taps.tap, taps.out % n_p, taps.in_ % n_q, taps.in_ // n_q - taps.out // n_p]
     )
     tap, p, q, shift = np.unique(offsets, axis=1)
-    # The period at which no output sees an input twice: the map is part of that circular one.
+    # With a period so long that no output sees an input twice, the map is a part of a circular one.
     last, first = shift.max(initial=0), shift.min(initial=0)
     size = max(-(-taps.n_out // n_p) + last, -(-taps.n_in // n_q) - first, 1)
     coarse = max(256, 16 * (last - first))
@@ -214,7 +214,8 @@ def symbols(kernel: np.ndarray, lattices: list[Lattice]) -> Iterator[Blocks]:
     n_shifts, n = math.prod(shifts), len(shifts)
 
     def waves(axis, first, number):
-        # Exact integers, then an angle in [-pi, pi]: each wave errs by 32 units at most.
+        # The product is an exact integer, reduced before it becomes an angle in [-pi, pi], so that
+        # each wave errs by 32 units in the last place at most.
         size, half = lattices[axis].size, lattices[axis].size // 2
         turns = np.arange(counts[axis])[:, None] * (first + np.arange(number))
         return np.exp(2j * np.pi * (((turns + half) % size) - half) / size)

@@ -52,7 +52,7 @@ def seen_as(w: jax.Array) -> jax.Array:
     return _tag_p.bind(w, view=None, axis_of=tuple(range(w.ndim)), name=None)
 
 
-# Whether a model runs to see how it uses its parameters.
+# True while a model runs only to see how it uses its parameters.
 looking: ContextVar[bool] = ContextVar("looking", default=False)
 
 
@@ -195,7 +195,8 @@ class _Tag(NamedTuple):
     view: View | None  # on the parameter's own axes, before factors
 
 
-# Axes stay what they are, though slices may be shorter: checked where the view is noted.
+# Operations that keep the axes of their input. A slice may be shorter than its axis, which is
+# checked where the view is noted.
 _KEEPS_AXES = {
     "convert_element_type", "copy", "copy_p", "stop_gradient", "optimization_barrier",
     "sharding_constraint", "reduce_precision", "pvary", "slice", "dynamic_slice", "name",
@@ -220,7 +221,7 @@ class _Walk:
         self.shapes, self.weights = shapes, weights
         self.found: dict[tuple[int, str], View | Change | None] = {}
         self.tags: dict[tuple[int, str], _Tag] = {}
-        # Axes of a parameter that the layers which read it know of.
+        # For each parameter the axes that the layers reading it have declared.
         self.own_axes: dict[str, frozenset[int | None]] = {}
         self.read: set[str] = set()
         self.scans = itertools.count()
@@ -230,7 +231,7 @@ class _Walk:
         jaxpr = closed.jaxpr
         env: dict[Any, _Value] = dict(zip(jaxpr.invars, inputs, strict=True))
         for var, value in zip(jaxpr.constvars, closed.consts, strict=True):
-            # A traced one is an argument of a program around this one.
+            # A traced value is an argument of a program around this one, and no constant.
             traced = isinstance(value, Tracer)
             env[var] = None if traced else _Constant(lambda value=value: value)
 

@@ -111,7 +111,7 @@ class View(Protocol):
 @partial(jax.checkpoint, prevent_cse=False, static_argnums=2)  # else JAX keeps the broadcast factor
 def _scale(w: Array, factor: Array, batch_axes: Shape) -> Array:
     factor = _mesh.broadcast_like(factor, w, batch_axes)
-    # Multiplied in the (wider) dtype of the factor, rounded once.
+    # The product is taken in the dtype of the factor, which is the wider one, and rounded once.
     return (w.astype(factor.dtype) * factor).astype(w.dtype)
 
 
@@ -392,7 +392,7 @@ class Conv:
             raise ValueError("Conv(transpose=True) has neither groups nor input_dilation.")
 
     def __repr__(self) -> str:
-        # What is not by default: the views of a model are read by people.
+        # Only what differs from the default, since people read the views of whole models.
         n = len(self.input_shape)
         _, *options = inspect.signature(Conv).parameters.values()
         values = {option: getattr(self, option.name) for option in options}

@@ -19,7 +19,7 @@ from sn_jax._views import Conv, Matrix, Scaled, View, compute_dtype
 
 __all__ = ["from_state_dict", "from_torch", "to_state_dict", "to_torch"]
 
-# The end of a key in a torch state dict -> what it holds; None: no parameter, left aside.
+# The end of a key in a torch state dict -> what it holds; None for what is no parameter.
 _TORCH_FIELDS = {
     "weight": "weight",
     "weight_orig": "weight",
@@ -115,7 +115,7 @@ def from_torch(
     for module in _matched(state_dict, template, views, names):
         dtype = module.leaf.dtype
         weight = module.layout.to_flax(module.arrays["weight"], range(len(module.shape)))
-        # Copies, here and below: jnp.asarray may share the memory that torch trains on.
+        # Copied, here and below, since jnp.asarray may share the memory that torch trains on.
         changed[module.path] = jnp.array(weight, dtype)
         if "bias" in module.arrays:
             changed[module.bias_path] = jnp.array(module.arrays["bias"], module.bias.dtype)
@@ -197,7 +197,7 @@ def to_torch(
     if unused:
         raise ValueError(
             f"The state has entries that the torch model does not normalize: "
-            f"{_rules.listed(unused)}. Leave them out, with the parameters normalized or raw as "
+            f"{_rules.listing(unused)}. Leave them out, with the parameters normalized or raw as "
             "torch shall have them, or take the template from a model with spectral_norm there."
         )
     return result
@@ -297,7 +297,7 @@ class _Module(NamedTuple):
         ins, outs = (
             tuple(i for i, a in enumerate(self.layout.axes) if a in axes[field]) for field in "vu"
         )
-        # For a matrix, what sn_jax.init takes by default: states of both go together.
+        # A dense kernel gets the view that sn_jax.init takes by default, so that the states agree.
         default = Matrix() if (ins, outs) == ((0,), (1,)) else Matrix(ins, outs)
         if view is None:
             return default, False
@@ -373,7 +373,7 @@ def _layout(path, name, layouts, view, arrays) -> _Layout:
         n = arrays["weight"].ndim
         out = tuple(axis % n for axis in view.out_axes)
         said = {(n - 1,): ["Conv"], (n - 2,): [transposed]}.get(out, said)
-        # linen.views sees both kinds as this matrix: only Flax's own name says more.
+        # linen.views sees a Conv and a ConvTranspose as this matrix; a name given by Flax decides.
         if said == ["Conv"] and not re.search(r"(^|/)Conv_\d+/", path):
             said = list(layouts)
     possible = {kind: layout for kind, layout in layouts.items() if kind in said}
@@ -390,7 +390,7 @@ def _layout(path, name, layouts, view, arrays) -> _Layout:
             f"views={{{path!r}: sn_jax.Conv(input_shape, transpose=False or True)}}, as "
             'sn_jax.linen.views(..., conv="operator") does.'
         )
-    # Same place for the weight: Conv and a transposed kernel differ in which axis u is of.
+    # A Conv and a transposed kernel have the same layout and differ in the axis that u belongs to.
     fitting = [x for x in possible.values()
                if "u" in arrays and arrays["u"].size == arrays["weight"].shape[x.out]]  # fmt: skip
     return (fitting or list(possible.values()))[0]
@@ -423,7 +423,7 @@ def _torch_modules(state_dict) -> dict[str, dict[str, str]]:
         # PyTorch 0.4 and older keep u alone.
         if {"u", "v"} & fields.keys() not in ([set()] if plain else [{"u"}, {"u", "v"}]):
             raise ValueError(
-                f"Torch's module {module!r} has only {_rules.listed(fields.values())}: a weight "
+                f"Torch's module {module!r} has only {_rules.listing(fields.values())}: a weight "
                 "under spectral_norm comes with its u and v, and a plain one without. Other "
                 "parametrizations must be removed first "
                 "(torch.nn.utils.parametrize.remove_parametrizations)."
@@ -477,16 +477,16 @@ def _paired(arrays, flax_modules, names) -> dict[str, str]:
         unknown = [name for name in given if name not in known]
         if unknown or len(set(given)) < len(given):
             raise ValueError(
-                f"names has {_rules.listed(unknown or given)} for {side}, which "
+                f"names has {_rules.listing(unknown or given)} for {side}, which "
                 + ("is no module there" if unknown else "names a module twice")
-                + f". The modules with parameters are: {_rules.listed(known)}."
+                + f". The modules with parameters are: {_rules.listing(known)}."
             )
     rest = [name for name in arrays if name not in names]
     targets = [path for path in flax_modules if path not in names.values()]
     if len(rest) != len(targets):
         raise ValueError(
-            f"Torch's state_dict has {len(rest)} modules with parameters ({_rules.listed(rest)}), "
-            f"and the template has {len(targets)} ({_rules.listed(targets)}). Each needs a "
+            f"Torch's state_dict has {len(rest)} modules with parameters ({_rules.listing(rest)}), "
+            f"and the template has {len(targets)} ({_rules.listing(targets)}). Each needs a "
             "partner: take out what is not in the other model, and give names= where names differ."
         )
     pairs, fits = dict(names), {}
@@ -503,9 +503,9 @@ def _paired(arrays, flax_modules, names) -> dict[str, str]:
         found = _by_names(group, [path for path in targets if path in partners])
         if not found or not all(found[name] in fits[name] for name in group):
             raise ValueError(
-                f"Torch's {_rules.listed(group)} and the template's {_rules.listed(partners)} fit "
-                "each other by their shapes, and neither names nor numbers in them say which is "
-                f"which: give names={{{group[0]!r}: <path of its Flax module>, ...}}."
+                f"Torch's {_rules.listing(group)} and the template's {_rules.listing(partners)} "
+                "fit each other by their shapes, and neither names nor numbers in them say "
+                f"which is which: give names={{{group[0]!r}: <path of its Flax module>, ...}}."
             )
         pairs |= found
     return {name: pairs[name] for name in arrays}

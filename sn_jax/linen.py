@@ -1,10 +1,12 @@
-"""Spectral normalization for Flax linen: whole-model views, a drop-in wrapper, and export."""
+"""Spectral normalization for Flax linen: whole-model views, a drop-in wrapper, and export.
+
+Here belongs what reads a model's variables, runs it with normalized kernels, and writes back.
+"""
 
 import dataclasses
 import inspect
 import re
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from types import MethodType
 from typing import Any, Literal, NamedTuple
@@ -15,27 +17,28 @@ import numpy as np
 from flax import linen as nn
 from flax import traverse_util
 from flax.core import meta
-from flax.linen import module as module_lib
-from flax.linen.dtypes import promote_dtype
-from flax.linen.linear import ConvLocal
-from flax.linen.recurrent import DenseParams
-from jax.core import Tracer
 
 from sn_jax import _core, _flax, _rules, _trace
 from sn_jax._flax import ConvView
-from sn_jax._views import Matrix, View
+from sn_jax._linen_layers import (
+    ADAPTERS,
+    DENSE,
+    quiet,
+    stock_kind,
+    stock_views,
+    tracing,
+    uses_of_call,
+    with_attribute,
+    with_change_at_product,
+)
+from sn_jax._views import View
 
 __all__ = ["ConvView", "SpectralNorm", "bake", "load_state", "spectral_norms", "views"]
 
 # A collection as flax.traverse_util.flatten_dict makes it, whose own type knows no arrays.
 _Flat = dict[tuple[str, ...], Any]
 
-# What nn.jit traced with tags, or while a bake noted what it wrote, is of no use to others: part
-# of jit's cache key.
-_tracing = jax.make_user_context(None)
-# Layers whose products can be scaled instead of their kernels, as Flax makes them.
-_DENSE = {nn.Dense: nn.Dense(0), nn.DenseGeneral: nn.DenseGeneral(0)}
-# Whether a SpectralNorm is around what runs.
+# True while a SpectralNorm runs its layer.
 _wrapped: ContextVar[bool] = ContextVar("_wrapped", default=False)
 
 
@@ -95,156 +98,9 @@ def views(
         )
     params = meta.unbox(variables["params"])
     others = {name: value for name, value in variables.items() if name != "params"}
-    uses, beside = _traced(module, params, others, args, kwargs, conv, rngs, method)
+    uses, beside = uses_of_call(module, params, others, args, kwargs, conv, rngs, method)
     leaves = _rules.named_leaves(params)
     return _flax.resolve(leaves, uses, beside, rules, "sn_jax.linen.views").views
-
-
-def _traced(module, params, others, args, kwargs, conv, rngs, method):
-    """How the model uses its parameters, and what layers made from stock ones have beside kernels.
-    Other variables that are arrays are constants.
-    """
-    arrays, rebuild = _trace.split_arrays(args, kwargs)
-    abstract, rebuild_others = _trace.split_arrays(others)
-    constant = [isinstance(a, np.ndarray | jax.Array) and not isinstance(a, Tracer)
-                for a in abstract]  # fmt: skip
-    beside: dict[str, str] = {}
-
-    def tagged(next_fun, args, kwargs, context):
-        layer, kind = context.module, _kind(context.module)
-        own = type(layer) is not kind and layer.scope is not None
-        if own and context.method_name != "setup":
-            for name in _rules.WEIGHT_NAMES:
-                if layer.has_variable("params", name):
-                    jax.tree.map(_trace.seen_as, layer.get_variable("params", name))
-        if kind is None or context.method_name == "setup":
-            return next_fun(*args, **kwargs)
-        name, adapter = _ADAPTERS[kind]
-        path = "/".join((*layer.path, name))
-        if type(layer) is not kind:
-            beside.update(_beside_kernel(layer, name))
-
-        def mark(kernel, x):
-            view = adapter(layer, _flax.input_size(layer, x), conv)
-            if view is None and kind is not ConvLocal:  # what the product is, the walk sees
-                return _trace.seen_as(kernel)
-            return _trace.tag(kernel, view, path)
-
-        if kind is DenseParams:
-            kernel, bias = next_fun(*args, **kwargs)
-            return mark(kernel, args[0]), bias
-        with _at_product(layer, mark):
-            return next_fun(*args, **kwargs)
-
-    def apply(params, traced):
-        arrays, unknown = traced
-        args, kwargs = rebuild(arrays)
-        unknown = iter(unknown)
-        (others,) = rebuild_others(
-            [a if known else next(unknown) for a, known in zip(abstract, constant, strict=True)]
-        )
-        params = traverse_util.unflatten_dict({keys[path]: w for path, w in params.items()})
-        with _quiet(), nn.intercept_methods(tagged), _tracing(("views", conv)):
-            return module.apply(
-                {**others, "params": params},
-                *args, rngs=rngs, method=method, mutable=True, **kwargs,
-            )  # fmt: skip
-
-    # By tuples: keys of wrappers contain "/" themselves.
-    flat = traverse_util.flatten_dict(params)
-    keys = {"/".join(key): key for key in flat}
-    leaves = {path: flat[key] for path, key in keys.items()}
-    unknown = [a for a, known in zip(abstract, constant, strict=True) if not known]
-    uses = _trace.uses_of(apply, leaves, _flax.weight_paths(leaves), (arrays, unknown))
-    return uses, beside
-
-
-def _kind(layer: nn.Module) -> type | None:
-    """The stock layer that ``layer`` is, or is made from."""
-    return next((kind for kind in _ADAPTERS if isinstance(layer, kind)), None)
-
-
-def _beside_kernel(layer, name) -> dict[str, str]:
-    """Paths of what a layer made from a stock one has beside kernel and bias, with its name."""
-    flat = traverse_util.flatten_dict(layer.variables.get("params", {}))
-    return {"/".join((*layer.path, *key)): type(layer).__name__
-            for key in flat if key not in ((name,), ("bias",))}  # fmt: skip
-
-
-@contextmanager
-def _quiet():
-    """No interceptor or record of intermediates of the user's sees what runs here: they count
-    each layer once, and want no tracers of ours."""
-    interceptors, context = module_lib._global_interceptor_stack, module_lib._context
-    before = interceptors._storage, context.capture_stack, context.call_info_stack
-    interceptors._storage, context.capture_stack, context.call_info_stack = [], [], []
-    try:
-        yield
-    finally:
-        interceptors._storage, context.capture_stack, context.call_info_stack = before
-
-
-@contextmanager
-def _attribute(layer: nn.Module, name: str, value: Any):
-    """``layer.name = value`` for one call of the layer, which is frozen."""
-    before = getattr(layer, name)
-    object.__setattr__(layer, name, value)
-    try:
-        yield
-    finally:
-        object.__setattr__(layer, name, before)
-
-
-def _at_product(layer: nn.Module, change):
-    """For one call of a layer: its kernel is changed where it enters the product."""
-    promote = layer.promote_dtype
-    if isinstance(promote, _flax.AtProduct):  # a method of the layer calls another
-        return nullcontext()
-    return _attribute(layer, "promote_dtype", _flax.AtProduct(promote, promote_dtype, change))
-
-
-def _stock_view(layer: nn.Module, args, kwargs, conv: ConvView) -> dict[str, View]:
-    """The view of a stock layer's kernel, which needs no trace; empty for all others."""
-    if type(layer) not in _ADAPTERS or any(
-        getattr(layer, f.name) is not f.default
-        for f in dataclasses.fields(layer) if f.name in _flax.PRODUCT
-    ):  # fmt: skip
-        return {}
-    name, adapter = _ADAPTERS[type(layer)]
-    n = _flax.spatial_ndim(layer)
-    x: Any = (*args, *kwargs.values())[0] if args or kwargs else None
-    view = adapter(layer, tuple(x.shape[-n - 1 : -1]) if n else (), conv)
-    return {} if view is None else {name: view}
-
-
-def _dense(layer, size, conv):
-    return Matrix(0, 1)
-
-
-def _dense_general(layer, size, conv):
-    def count(value):
-        return len(value) if isinstance(value, tuple | list) else 1
-
-    n_batch, n_in, n_out = count(layer.batch_dims), count(layer.axis), count(layer.features)
-    n_batch = 0 if layer.batch_dims == () else n_batch
-    ins = tuple(range(n_batch, n_batch + n_in))
-    return Matrix(ins, tuple(range(n_batch + n_in, n_batch + n_in + n_out)))
-
-
-def _convolution(layer, size, conv):
-    return _flax.conv_view(layer, size, conv, transpose=isinstance(layer, nn.ConvTranspose))
-
-
-_ADAPTERS = {
-    nn.Dense: ("kernel", _dense),
-    nn.DenseGeneral: ("kernel", _dense_general),
-    nn.Einsum: ("kernel", lambda layer, size, conv: _flax.einsum_view(layer.einsum_str)),
-    nn.Embed: ("embedding", _dense),
-    DenseParams: ("kernel", _dense),
-    ConvLocal: ("kernel", lambda layer, size, conv: None),  # one kernel per pixel: no single view
-    nn.Conv: ("kernel", _convolution),
-    nn.ConvTranspose: ("kernel", _convolution),
-}
 
 
 def _parts(layer: nn.Module, prefix=()) -> Iterator[tuple[tuple[str, ...], nn.Module]]:
@@ -316,7 +172,7 @@ def bake(
         call = _Call(kwargs.pop("_method", "__call__"), args, kwargs)
         return wrapper._run(call, update_stats=False, written=written)
 
-    with nn.intercept_methods(baking), _tracing(object()):
+    with nn.intercept_methods(baking), tracing(object()):
         _, updates = module.apply(
             variables, *args, rngs=rngs, method=method, mutable=True, **kwargs
         )
@@ -336,7 +192,7 @@ def bake(
 
 def _without_wrappers(key, collection, wrappers):
     """The key of a variable in the plain model; None for what only the wrappers hold."""
-    # Innermost first, so that the paths of outer ones still fit.
+    # The innermost come first, so that the paths of outer ones remain valid.
     for path in sorted(wrappers, key=len, reverse=True):
         wrapper, n = wrappers[path], len(path)
         if key[:n] != path:
@@ -410,8 +266,8 @@ def load_state(
     places = _places(variables, collection_name)
     if places.keys() != state.keys():
         raise ValueError(
-            f"The wrappers normalize {_rules.listed(places)}, but the state holds "
-            f"{_rules.listed(state)}: give a Singular for each. (A composite made in place, "
+            f"The wrappers normalize {_rules.listing(places)}, but the state holds "
+            f"{_rules.listing(state)}: give a Singular for each. (A composite made in place, "
             "such as SpectralNorm(nn.Sequential([...])) in @nn.compact, keeps its parameters under "
             "other paths and cannot be loaded so; make it in setup.)"
         )
@@ -591,7 +447,7 @@ class SpectralNorm(nn.Module):
         kind = type(layer)
         value = inspect.getattr_static(kind, name, None)
         if inspect.isfunction(value) and not hasattr(value, "nowrap"):
-            # A method of this wrapper, so that apply(..., method="encode") takes it.
+            # Bound to this wrapper, since apply(..., method="encode") accepts no other.
             return MethodType(_calling(name), self)
         if value is None and name not in layer.__dict__:
             raise AttributeError(
@@ -647,8 +503,8 @@ class SpectralNorm(nn.Module):
     def _run_normalized(self, call, update_stats, written):
         layer = self.layer_instance
         if self.is_initializing():
-            # Creates the raw parameters, which the second call below reads.
-            with _quiet():
+            # This call creates the raw parameters, which the second call below reads.
+            with quiet():
                 call.on(layer)
         parts = list(_parts(layer))
         variables: dict[str, dict] = {}
@@ -660,7 +516,7 @@ class SpectralNorm(nn.Module):
         boxed = {"/".join(key): leaf for key, leaf in flat_params.items()}
         others = {name: traverse_util.unflatten_dict(flat) for name, flat in variables.items()}
         leaves, changed = {}, None
-        # A shared layer may have been baked by an earlier call.
+        # If the layer is shared, an earlier call may have baked it already.
         if not any(_value(leaf) is new for leaf in boxed.values() for new in written or ()):
             params = {path: meta.unbox(leaf) for path, leaf in boxed.items()}
             task = "wrap" if written is None else "bake"
@@ -682,7 +538,7 @@ class SpectralNorm(nn.Module):
             raw.append(variables)
             flat: _Flat = traverse_util.flatten_dict(variables.get("params", {}))
             for key, leaf in flat.items():
-                # Several parts come one by one, without their names.
+                # Flax maps each part of a composite on its own and does not say which part it is.
                 path = "/".join(key) if len(parts) == 1 else path_of.get(id(_value(leaf)))
                 if path in normalized:
                     w, box = normalized[path], isinstance(leaf, meta.AxisMetadata)
@@ -726,24 +582,24 @@ class SpectralNorm(nn.Module):
         trace_level = self.scope.trace_level
 
         def intercept(next_fun, args, kwargs, context):
-            layer, kind = context.module, _kind(context.module)
+            layer, kind = context.module, stock_kind(context.module)
             inside = next((p for p in paths if layer.path[: len(p)] == p), None)
-            # Inside nn.jit and the like an array from out here would be a leak.
+            # Inside nn.jit and the like, an array from outside would be a leaked tracer.
             here = layer.scope is not None and layer.scope.trace_level == trace_level
             if kind is None or inside is None or not here or context.method_name == "setup":
                 return next_fun(*args, **kwargs)
-            name, _ = _ADAPTERS[kind]
+            name, _ = ADAPTERS[kind]
             path = "/".join((*paths[inside], *layer.path[len(inside) :], name))
             if changed is not None and path in changed.views:
-                with _at_product(layer, lambda kernel, x: changed(path, kernel)):
+                with with_change_at_product(layer, lambda kernel, x: changed(path, kernel)):
                     return next_fun(*args, **kwargs)
             if (
                 path in leaves
                 and context.method_name == "__call__"
-                and type(layer) in _DENSE
-                and _flax.is_plain_product(layer, _DENSE[type(layer)])
+                and type(layer) in DENSE
+                and _flax.is_plain_product(layer, DENSE[type(layer)])
             ):
-                with _attribute(layer, "dot_general", _flax.scaled_product(leaves[path])):
+                with with_attribute(layer, "dot_general", _flax.scaled_product(leaves[path])):
                     return next_fun(*args, **kwargs)
             return next_fun(*args, **kwargs)
 
@@ -790,18 +646,18 @@ class SpectralNorm(nn.Module):
                         "error_on_non_matrix is True; leave it False to normalize it."
                     )
         method, args, kwargs = call
-        direct = _stock_view(self.layer_instance, args, kwargs, self.conv)
+        direct = stock_views(self.layer_instance, args, kwargs, self.conv)
         if direct:
             seen: dict[str, set[View | None]] = {path: {view} for path, view in direct.items()}
             uses, beside = _trace.Uses(seen, frozenset(), frozenset(params)), {}
         else:
-            # A block of several layers: one abstract evaluation of a detached copy of it.
+            # A block of several layers is evaluated abstractly, on a detached copy.
             layer = self.layer_instance.clone(parent=None)
             assert self.scope is not None
             rngs = {name: jax.random.key(0) for name in self.scope.root.rngs}
-            # Traced, so that what changes from call to call is no constant.
+            # Abstract, so that what changes from call to call is not taken for a constant.
             others = jax.tree.map(jax.typeof, others)
-            uses, beside = _traced(layer, tree, others, args, kwargs, self.conv, rngs, method)
+            uses, beside = uses_of_call(layer, tree, others, args, kwargs, self.conv, rngs, method)
         who = f"SpectralNorm around {self._layer}"
         return _flax.resolve(params, uses, beside, self.rules, who, task)
 

@@ -1,19 +1,20 @@
-"""Spectral normalization for Flax NNX: whole-model views, a drop-in wrapper, and export."""
+"""Spectral normalization for Flax NNX: whole-model views, a drop-in wrapper, and export.
+
+Here belongs what reads a model's variables, runs it with normalized kernels, and writes back.
+"""
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextvars import ContextVar
 from copy import deepcopy
 from dataclasses import dataclass, fields, replace
-from functools import cache, lru_cache, partial, wraps
-from types import SimpleNamespace
-from typing import Any, Literal, NamedTuple
+from functools import lru_cache, wraps
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from flax.nnx.nn.dtypes import promote_dtype
 from jax.core import Tracer
 
 from sn_jax import _core, _flax, _rules, _trace
@@ -26,6 +27,18 @@ from sn_jax._nnx import (
     described,
     name_of,
     with_array,
+)
+from sn_jax._nnx_layers import (
+    ADAPTERS,
+    Method,
+    dense_layers,
+    is_known,
+    lora_groups,
+    params_of,
+    run_method,
+    set_at_product,
+    stock_kind,
+    uses_of_call,
 )
 from sn_jax._views import Matrix, Scaled, Values, View
 
@@ -40,9 +53,6 @@ __all__ = [
     "views",
     "wrap",
 ]
-
-# The name of a method, or a function of the model and the arguments.
-Method = str | Callable[..., Any]
 
 
 def views(
@@ -93,8 +103,8 @@ def views(
     """
     _check_model(model, "views(model, *args)")
     graphdef, state = nnx.split(model)
-    params = _params(state)
-    uses, beside = _uses(graphdef, state, args, kwargs, conv, method, constants=True)
+    params = params_of(state)
+    uses, beside = uses_of_call(graphdef, state, args, kwargs, conv, method, constants=True)
     return _flax.resolve(params, uses, beside, rules, "sn_jax.nnx.views").views
 
 
@@ -104,183 +114,6 @@ def _check_model(model: Any, call: str) -> None:
             f"sn_jax.nnx.{call} takes an nnx.Module first, made already: model = "
             f"Model(..., rngs=rngs). It got {described(model)}."
         )
-
-
-def _run_method(model: nnx.Module, method: Method, args, kwargs) -> Any:
-    return (getattr(model, method)(*args, **kwargs) if isinstance(method, str)
-            else method(model, *args, **kwargs))  # fmt: skip
-
-
-def _told(v: nnx.Variable) -> nnx.Variable:
-    """A variable that notes, where it is read, which axes its reader knows of."""
-    hooks = v.get_metadata().get("on_get_value", ())
-    hooks = hooks if isinstance(hooks, tuple) else (hooks,)
-    return v.replace(on_get_value=(_note_axes, *hooks))
-
-
-def _note_axes(_, value):
-    return _trace.seen_as(value)
-
-
-def _params(state: nnx.State) -> dict[str, jax.Array]:
-    return {name_of(path): array_of(v) for path, v in nnx.to_flat_state(state)
-            if isinstance(v, nnx.Param)}  # fmt: skip
-
-
-def _uses(graphdef, state, args, kwargs, conv, method, *, constants: bool):
-    """How a call of a model's method uses its parameters, and what layers made from stock ones
-    have beside kernels.
-
-    Args:
-      graphdef, state: the model; nothing in it is changed.
-      args, kwargs: of the call.
-      conv: as in ``views``.
-      constants: whether arrays that are no parameters (masks, statistics) keep their values; those
-        that are Values do in any case.
-    """
-    variables = {name_of(path): (path, v) for path, v in nnx.to_flat_state(state)}
-    leaves = {name: array_of(v) for name, (_, v) in variables.items() if isinstance(v, nnx.Param)}
-    others = {name: array_of(v) for name, (_, v) in variables.items() if name not in leaves}
-    arrays, rebuild = _trace.split_arrays(args, kwargs)
-    # What is no array (a number that is data) is what it is.
-    known, rebuild_others = _trace.split_arrays({} if constants else others)
-    weights = _flax.weight_paths(leaves)
-    beside: dict[str, str] = {}
-
-    def call(leaves, traced):
-        arrays, known = traced
-        (unknown,) = rebuild_others(known)
-        values = {**others, **unknown, **leaves}
-        values = {name: w.array if isinstance(w, Values) else w for name, w in values.items()}
-        flat = [(path, with_array(v, values[name])) for name, (path, v) in variables.items()]
-        flat = [(path, _told(v) if name_of(path) in weights else v) for path, v in flat]
-        model = nnx.merge(graphdef, nnx.from_flat_state(flat))
-        for path, layer in nnx.iter_modules(model):
-            kind = _kind(layer)
-            if isinstance(layer, nnx.LoRA) or (kind is not None and type(layer) is not kind):
-                beside.update(_beside_kernel(path, layer))
-            if kind is not None:
-                name = name_of((*path, _ADAPTERS[kind].name))
-                _at_product(layer, _mark(layer, kind, conv, name))
-        args, kwargs = rebuild(arrays)
-        outputs = _run_method(model, method, args, kwargs), nnx.state(model)
-        return [x for x in jax.tree.leaves(outputs) if isinstance(x, jax.Array)]
-
-    return _trace.uses_of(call, leaves, weights, (arrays, known)), beside
-
-
-def _kind(layer: nnx.Module) -> type | None:
-    """The stock layer that ``layer`` is, or is made from."""
-    return next((kind for kind in _ADAPTERS if isinstance(layer, kind)), None)
-
-
-def _beside_kernel(path, layer) -> dict[str, str]:
-    """Paths of what a layer made from a stock one has beside kernel and bias, with its name."""
-    own = ("kernel",), ("embedding",), ("bias",)
-    flat = nnx.to_flat_state(nnx.state(layer, nnx.Param))
-    return {name_of((*path, *key)): type(layer).__name__ for key, _ in flat if key not in own}
-
-
-def _mark(layer, kind, conv, name):
-    # Plain attributes only: the layer itself would be a leaked reference to its arrays.
-    static = SimpleNamespace(**{key: value for key, value in vars(layer).items()
-                                if not isinstance(value, nnx.Variable | jax.Array)})  # fmt: skip
-    adapter = _ADAPTERS[kind].view
-
-    def mark(kernel, x):
-        view = adapter(static, _flax.input_size(static, x), conv)
-        return _trace.seen_as(kernel) if view is None else _trace.tag(kernel, view, name)
-
-    return mark
-
-
-def _at_product(layer: Any, change: Callable) -> None:
-    """The layer's kernel is changed where it enters the product, at every call from now on."""
-    layer.promote_dtype = _flax.AtProduct(layer.promote_dtype, promote_dtype, change)
-
-
-def _dense(layer, size, conv):
-    return Matrix(0, 1)
-
-
-def _linear_general(layer, size, conv):
-    b, i, o = (len(x) for x in (layer.batch_axis, layer.in_features, layer.out_features))
-    return Matrix(tuple(range(b, b + i)), tuple(range(b + i, b + i + o)))
-
-
-class _Adapter(NamedTuple):
-    name: str  # of the kernel
-    view: Callable  # of (layer, spatial size of the input, conv)
-    n_axes: Callable  # of the kernel, from the layer
-
-
-_ADAPTERS = {
-    nnx.Linear: _Adapter("kernel", _dense, lambda layer: 2),
-    nnx.LinearGeneral: _Adapter(
-        "kernel",
-        _linear_general,
-        lambda layer: len((*layer.batch_axis, *layer.in_features, *layer.out_features)),
-    ),
-    nnx.Einsum: _Adapter(
-        "kernel",
-        lambda layer, size, conv: _flax.einsum_view(layer.einsum_str),
-        lambda layer: len(layer.kernel_shape),
-    ),
-    nnx.Embed: _Adapter("embedding", _dense, lambda layer: 2),
-    nnx.Conv: _Adapter(
-        "kernel",
-        partial(_flax.conv_view, transpose=False),
-        lambda layer: 2 + _flax.spatial_ndim(layer),
-    ),
-    nnx.ConvTranspose: _Adapter(
-        "kernel",
-        partial(_flax.conv_view, transpose=True),
-        lambda layer: 2 + _flax.spatial_ndim(layer),
-    ),
-}
-
-
-def _is_known(layer: nnx.Module) -> bool:
-    """Whether a layer is Flax's own and multiplies by what it stores: no trace is needed."""
-    if type(layer) in _ADAPTERS:
-        return all(
-            any(getattr(layer, name, None) is value for value in (None, *stock))
-            for name, stock in _STOCK_PRODUCTS.items()
-        )
-    return type(layer).__module__.startswith("flax.nnx") and not isinstance(layer, nnx.WeightNorm)
-
-
-# Attributes by which a layer's product can be its own, and their values that are Flax's.
-_STOCK_PRODUCTS = dict.fromkeys(_flax.PRODUCT, ()) | {
-    "promote_dtype": (promote_dtype,),
-    "dot_general": (jax.lax.dot_general,),
-    "conv_general_dilated": (jax.lax.conv_general_dilated,),
-}
-
-
-def _lora_groups(model: nnx.Module) -> dict[str, tuple[str | None, str, str]]:
-    """Path of the state -> paths (kernel, a, b) of the layers that act as kernel + a b."""
-    groups, inside = {}, set()
-    for path, layer in nnx.iter_modules(model):
-        if isinstance(layer, nnx.LoRALinear):
-            a, b = (name_of((*path, "lora", name)) for name in ("lora_a", "lora_b"))
-            groups[name_of((*path, "kernel"))] = name_of((*path, "kernel")), a, b
-            inside.add(a)
-        elif isinstance(layer, nnx.LoRA):
-            a, b = (name_of((*path, name)) for name in ("lora_a", "lora_b"))
-            base, kernel = layer.base_module, name_of((*path, "base_module", "kernel"))
-            if base is None:
-                groups[b] = None, a, b
-            elif type(base) is nnx.Linear:
-                groups[kernel] = kernel, a, b
-            else:
-                raise ValueError(
-                    f"SpectralNorm: the LoRA {name_of(path) or 'at the root'} adds to a "
-                    f"{type(base).__name__}, and the norm of the sum is not seen; normalize an "
-                    "nnx.Linear with LoRA, or merge the adapter into the model first."
-                )
-    # A LoRALinear holds a LoRA without a base.
-    return {name: group for name, group in groups.items() if group[0] or group[1] not in inside}
 
 
 class SpectralStat(nnx.BatchStat[Any]):
@@ -315,7 +148,7 @@ class _Options:
     stateless: bool
     store_v: bool
     rules: HashableDict
-    # Whether every kernel enters its product as it is stored: no call is looked at then.
+    # True if every kernel enters its product as it is stored, so that no call need be traced.
     known: bool
     views: tuple[tuple[str, View], ...]
     ndims: tuple[tuple[str, int], ...]
@@ -340,7 +173,7 @@ class _Options:
 
 _OPTIONS = frozenset(field.name for field in fields(_Options))
 _CHANGEABLE = {"n_steps", "epsilon", "dtype", "bound", "mode", "gradient", "warmup"}
-# The wrapper's own attributes; all others are the layer's first.
+# Attributes of the wrapper itself. Any other name is looked up on the layer first.
 _OWN = {"layer_instance", "batch_stats", "scales", "use_running_average", "_options"}
 
 
@@ -452,11 +285,11 @@ class SpectralNorm(nnx.Module):
         # The name that flax's .train() and .eval() set on modules.
         self.use_running_average: bool = not update_stats
 
-        params = _params(nnx.state(layer_instance, nnx.Param))
+        params = params_of(nnx.state(layer_instance, nnx.Param))
         found, sizes, given = {}, [], _rules.compile_rules(rules, params)
         for path, layer in nnx.iter_modules(layer_instance):
-            kind = _kind(layer)
-            key = name_of((*path, _ADAPTERS[kind].name)) if kind else None
+            kind = stock_kind(layer)
+            key = name_of((*path, ADAPTERS[kind].name)) if kind else None
             if key not in params:
                 continue
             if error_on_non_matrix and params[key].ndim > 2:
@@ -464,28 +297,28 @@ class SpectralNorm(nnx.Module):
                     f"{what}: {key} has shape {params[key].shape} and error_on_non_matrix is "
                     "True; leave it False to normalize it."
                 )
-            if params[key].ndim == _ADAPTERS[kind].n_axes(layer):  # not stacked
+            if params[key].ndim == ADAPTERS[kind].n_axes(layer):  # not stacked
                 sized = "reshape" if conv == "operator" else conv  # until the rules say
-                found[key] = {_ADAPTERS[kind].view(layer, None, sized)}
+                found[key] = {ADAPTERS[kind].view(layer, None, sized)}
                 if conv == "operator" and _flax.spatial_ndim(layer) and given(key, _LORA) is _LORA:
                     sizes.append(key)
         if sizes:
             raise ValueError(
-                f'{what}: conv="operator" needs the size of the input of {_rules.listed(sizes)}, '
+                f'{what}: conv="operator" needs the size of the input of {_rules.listing(sizes)}, '
                 "which a layer that has not run does not tell: give "
                 'rules=sn_jax.nnx.views(layer, x, conv="operator").'
             )
         for key, w in params.items():
             if key in _flax.weight_paths(params) and w.ndim == 2:
                 found.setdefault(key, {Matrix()})
-        loras = tuple(sorted(_lora_groups(layer_instance).items()))
+        loras = tuple(sorted(lora_groups(layer_instance).items()))
         found |= {key: {_LORA} for key, _ in loras}
         uses = _trace.Uses(found, frozenset(), frozenset(params))
         resolved = _flax.resolve(params, uses, {}, rules, what).views
-        # Where a layer may change its kernel on the way to the product, each call is looked at,
-        # unless the rules say how to see every kernel.
+        # If a layer may change its kernel on the way to the product, each call is traced, unless
+        # the rules say how to see every kernel.
         known = all(given(path, None) is not None for path in resolved) or all(
-            _is_known(layer) for _, layer in nnx.iter_modules(layer_instance)
+            is_known(layer) for _, layer in nnx.iter_modules(layer_instance)
         )
         self._options = _Options(
             n_steps=(15 if stateless else 1) if n_steps is None else n_steps,
@@ -505,7 +338,7 @@ class SpectralNorm(nnx.Module):
             node = stats.at(path.split("/"))
             for key in self._stored_fields():
                 x = getattr(singular, key)
-                # Zero until what enters the product has been seen: the first call warms up then.
+                # Zero until a call has shown what enters the product; that call warms up.
                 x = jnp.zeros_like(x) if key == "sigma" and not known else x
                 node[key] = SpectralStat(x.astype(param_dtype))
         self.batch_stats: Stats = nnx.data(stats)
@@ -547,7 +380,7 @@ class SpectralNorm(nnx.Module):
         return self._run("__call__", args, kwargs, update_stats)
 
     def __getattr__(self, name: str) -> Any:
-        # Only for names that this module lacks: the layer's attributes and methods, then options.
+        # Asked only for names that this module lacks. The layer's own come before options.
         if name.startswith("__") or "layer_instance" not in vars(self):
             raise AttributeError(f"{type(self).__name__} has no attribute {name!r}.")
         layer = vars(self)["layer_instance"]
@@ -597,7 +430,7 @@ class SpectralNorm(nnx.Module):
         if missing:
             raise ValueError(
                 f"SpectralNorm around {type(layer).__name__} normalizes "
-                f"{_rules.listed(sorted(missing))}, which the layer holds no longer under this "
+                f"{_rules.listing(sorted(missing))}, which the layer holds no longer under this "
                 "path (a shared layer goes by the first of its names): wrap the layer as it is now."
             )
         seen = self._seen(graphdef, state, args, kwargs, method)
@@ -607,14 +440,15 @@ class SpectralNorm(nnx.Module):
             if name_of(path) in seen.at_product:  # it may be written to, as by nnx.WeightNorm
                 replaced[path] = with_array(v, array_of(v))
         twin = Twin(layer, graphdef, replaced)
-        # Inside other layers nnx.jit and the like may run, where an array from out here is a leak.
-        scaled = type(layer) in (*_dense_layers(), nnx.MultiHeadAttention)
+        # A layer may run inside nnx.jit or the like, where an array from outside would be a leaked
+        # tracer.
+        scaled = type(layer) in (*dense_layers(), nnx.MultiHeadAttention)
         part: Any
         for path, part in nnx.iter_modules(twin.copy):
-            kind, stock = _kind(part), _dense_layers().get(type(part))
-            name = name_of((*path, _ADAPTERS[kind].name)) if kind else None
+            kind, stock = stock_kind(part), dense_layers().get(type(part))
+            name = name_of((*path, ADAPTERS[kind].name)) if kind else None
             if name in seen.at_product:
-                _at_product(part, self._normalizer(name, seen.at_product[name], update_stats))
+                set_at_product(part, self._normalizer(name, seen.at_product[name], update_stats))
             elif scaled and stock and name in leaves and _flax.is_plain_product(part, stock):
                 part.dot_general = _flax.scaled_product(leaves[name])
         out = twin.run(method, args, kwargs)
@@ -632,7 +466,7 @@ class SpectralNorm(nnx.Module):
             before = baking.get(id(layer), seen)
             baking[id(layer)] = _flax.Resolved({**before.views, **seen.views}, {})
             return seen
-        # NumPy attributes are constants, as Python code of the layer may read them.
+        # NumPy attributes stay constants, since the layer's Python code may read their values.
         state = nnx.from_flat_state([(path, Values(v) if isinstance(v, np.ndarray) else v)
                                      for path, v in nnx.to_flat_state(state)])  # fmt: skip
         leaves, treedef = jax.tree.flatten((state, args, kwargs))
@@ -648,8 +482,8 @@ class SpectralNorm(nnx.Module):
         unknown = {*seen.views, *seen.at_product} - {path for path, _ in options.views}
         if unknown:
             raise ValueError(
-                f"{who} has no state for {_rules.listed(sorted(unknown))}, which this call uses as "
-                "kernels: name them by rules when it is made, with sn_jax.nnx.views(layer, x)."
+                f"{who} has no state for {_rules.listing(sorted(unknown))}, which this call uses "
+                "as kernels: name them by rules when it is made, with sn_jax.nnx.views(layer, x)."
             )
         return seen
 
@@ -744,7 +578,7 @@ def _is_method(attribute: Any) -> bool:
     ) and callable(attribute)  # fmt: skip
 
 
-# By the layer's identity what calls of it use; None where no call is looked at for ``bake``.
+# Layer's id -> how its calls use their parameters, while ``bake`` looks at a call; else None.
 _baking: ContextVar[dict[int, _flax.Resolved] | None] = ContextVar("_baking", default=None)
 _LORA = Matrix(0, 1)
 
@@ -752,10 +586,12 @@ _LORA = Matrix(0, 1)
 def _resolved(graphdef, state, args, kwargs, method, options, task, who) -> _flax.Resolved:
     """What a call normalizes; constants only for "bake", as others may change between calls."""
     constants = task == "bake"
-    uses, beside = _uses(graphdef, state, args, kwargs, options.conv, method, constants=constants)
+    uses, beside = uses_of_call(
+        graphdef, state, args, kwargs, options.conv, method, constants=constants
+    )
     parts = {part for _, group in options.loras for part in group}
     beside = {path: layer for path, layer in beside.items() if path not in parts}
-    params = _params(state)
+    params = params_of(state)
     kernels = {path for path, _ in options.views} | parts | _flax.weight_paths(params)
     if not uses.changes and not uses.views.keys() & kernels and not uses.read & kernels:
         return _flax.Resolved({}, {})  # as init_cache, which multiplies by nothing
@@ -768,15 +604,6 @@ def _resolved_types(graphdef, types, treedef, method, options, who) -> _flax.Res
     """The same, looked at once for all calls with arrays of these types."""
     state, args, kwargs = treedef.unflatten(types)
     return _resolved(graphdef, state, args, kwargs, method, options, "wrap", who)
-
-
-@cache
-def _dense_layers() -> dict[type, nnx.Module]:
-    """Layers whose products can be scaled instead of their kernels, as Flax makes them."""
-    layers = nnx.eval_shape(
-        lambda: (nnx.Linear(1, 1, rngs=nnx.Rngs(0)), nnx.LinearGeneral(1, 1, rngs=nnx.Rngs(0)))
-    )
-    return {type(layer): layer for layer in layers}
 
 
 def wrap(
@@ -844,7 +671,7 @@ def bake(model: nnx.Module, *args: Any, **kwargs: Any) -> nnx.Module:
         copy.eval()
         token = _baking.set(calls)
         try:
-            _run_method(copy, method, args, kwargs)
+            run_method(copy, method, args, kwargs)
         finally:
             _baking.reset(token)
         seen = {path: calls[id(wrapper.layer_instance)]
@@ -879,8 +706,8 @@ def bake(model: nnx.Module, *args: Any, **kwargs: Any) -> nnx.Module:
             if unused:
                 raise ValueError(
                     f"{where} is around {layer}, which may change a kernel before its product, "
-                    f"and this call does not use {_rules.listed(unused)}: give a method that does, "
-                    "such as method=lambda model, x: model.decode(model.encode(x)), or wrap it "
+                    f"and this call does not use {_rules.listing(unused)}: give a method "
+                    "that does, such as method=lambda model, x: model.decode(model.encode(x)), or wrap it "
                     "with rules from sn_jax.nnx.views."
                 )
             views = seen[path].views
@@ -985,8 +812,8 @@ def load_state(model: nnx.Module, params: _core.Params, state: _core.State) -> N
         if missing or unknown:
             raise ValueError(
                 f"load_state: {what} needs exactly the paths of the plain model"
-                + (f"; missing: {_rules.listed(missing)}" if missing else "")
-                + (f"; unknown: {_rules.listed(unknown)}" if unknown else "")
+                + (f"; missing: {_rules.listing(missing)}" if missing else "")
+                + (f"; unknown: {_rules.listing(unknown)}" if unknown else "")
                 + "."
             )
     new = [(path, targets[path], leaf) for path, leaf in leaves.items()]

@@ -118,7 +118,7 @@ def _check_shapes(view, shape):
             f"{given} returns the shape {y.shape}, which does not begin with batch_shape, {batch}."
         )
         assert jnp.issubdtype(y.dtype, jnp.floating), f"{given} returns {y.dtype}."
-    return Operator(view, jax.ShapeDtypeStruct(shape, jnp.float32)).spaces
+    return batch, domain, y.shape[len(batch) :]
 
 
 def _matrices(operator: Operator, same: Callable[..., None]) -> np.ndarray:

@@ -22,7 +22,7 @@ __all__ = ["ProjectSpectralNormState", "project_spectral_norm"]
 
 # To optax's own type a state is of arrays, tuples and mappings, and no registered dataclass.
 _OptState = Any
-# Half of what exact=True promises; the rest is for the error of the norm itself.
+# Half of the tolerance that exact=True promises; the other half is for the error of the norm.
 _TOLERANCE = 5e-6
 _MOST = 2**14
 
@@ -108,7 +108,7 @@ def project_spectral_norm(
     if not isinstance(exact, bool):
         raise TypeError(f"exact must be True or False, not traced; got {exact!r}.")
     _core.check_key(key, "project_spectral_norm(rules, key)")
-    # Not of the arrays that optax.inject_hyperparams makes of every number, at every update.
+    # Silent about arrays: optax.inject_hyperparams makes one of every number, at every update.
     if exact and isinstance(n_steps, int):
         warnings.warn(
             f"project_spectral_norm(exact=True) ignores n_steps={n_steps}: the norm is that of "
@@ -124,7 +124,7 @@ def project_spectral_norm(
         state = _core.init(params, key, _rules_here(rules, params))
         _core.bounds_by_path(bound, state)
         if not exact:
-            # Parameters often begin far outside of the ball: so the first step lands on it.
+            # Parameters often begin far outside of the ball, and the first step must land on it.
             state = _core.calibrate(params, state, rtol=1e-2)
         return ProjectSpectralNormState(state)
 
@@ -202,7 +202,7 @@ def _project(stepped, w, bound, update_eps, *, view):
         )
     run = partial(_exact_factor, view)
     if _mesh.is_explicit(w):
-        run = _mesh.on_automatic_axes(run, (operator.types()[0],) * 2)
+        run = _mesh.on_automatic_axes(run, (operator.shardings()[0],) * 2)
     factor, sigma = run(stepped, w, bound, update_eps)
     return view.scale(stepped, factor), sigma
 

@@ -25,6 +25,7 @@ FLOORS = [
     {"_rules", "_power", "_norms"},
     {"_core"},
     {"_flax", "transforms", "convert", "testing"},
+    {"_linen_layers", "_nnx_layers"},
     {"linen", "nnx"},
     {"__init__"},
 ]
