@@ -707,8 +707,8 @@ def bake(model: nnx.Module, *args: Any, **kwargs: Any) -> nnx.Module:
                 raise ValueError(
                     f"{where} is around {layer}, which may change a kernel before its product, "
                     f"and this call does not use {_rules.listing(unused)}: give a method "
-                    "that does, such as method=lambda model, x: model.decode(model.encode(x)), or wrap it "
-                    "with rules from sn_jax.nnx.views."
+                    "that does, such as method=lambda model, x: model.decode(model.encode(x)), or "
+                    "wrap it with rules from sn_jax.nnx.views."
                 )
             views = seen[path].views
         graphdef, state = nnx.split(node.layer_instance)
