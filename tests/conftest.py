@@ -6,6 +6,8 @@ from flags import quick_flags
 # One BLAS thread per test process: two that spin for two cores were 100 times slower.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 os.environ.setdefault("XLA_FLAGS", quick_flags())
+# Here, so that all workers have one.
+os.environ.setdefault("KILL_SEED", str(int.from_bytes(os.urandom(4))))
 
 import jax
 import pytest
@@ -17,6 +19,10 @@ def pytest_configure(config):
     jax.config.update("jax_numpy_rank_promotion", "raise")
     jax.config.update("jax_numpy_dtype_promotion", "strict")
     jax.config.update("jax_enable_x64", True)
+
+
+def pytest_report_header():
+    return f"what is killed at random can be repeated with KILL_SEED={os.environ['KILL_SEED']}"
 
 
 @pytest.fixture(autouse=True)
