@@ -11,7 +11,7 @@ CPU_TESTS ?= $(addprefix tests/test_,$(addsuffix .py,contract core norms conv tr
 	linen linen_models nnx product sharding elsewhere))
 
 # A file for each part: what they leave out is its behaviour in whole models and in other libraries.
-QUICK_TESTS ?= $(addprefix tests/test_,$(addsuffix .py,core conv transforms convert linen \
+QUICK_TESTS ?= $(addprefix tests/test_,$(addsuffix .py,contract core conv transforms convert linen \
 	linen_methods nnx product programs silence private_names))
 
 # In the order of tests/conftest.py.

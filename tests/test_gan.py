@@ -37,18 +37,6 @@ TINY = ["--width", "2", "--batch-size", "8", "--no-progress"]
 # --- Against the paper ----------------------------------------------------------------------
 
 
-def test_adam_settings_are_those_of_table_1():
-    table = {
-        "A": (0.0001, 0.5, 0.9, 5),
-        "B": (0.0001, 0.5, 0.999, 1),
-        "C": (0.0002, 0.5, 0.999, 1),
-        "D": (0.001, 0.5, 0.9, 5),
-        "E": (0.001, 0.5, 0.999, 5),
-        "F": (0.001, 0.9, 0.999, 5),
-    }
-    assert {name: tuple(setting) for name, setting in SETTINGS.items()} == table
-
-
 def kernel_shapes(module, x, **static):
     init = partial(module.init, **static)
     params = jax.eval_shape(init, jax.random.key(0), x)["params"]
