@@ -10,7 +10,14 @@ TORCH ?= torch
 CPU_TESTS ?= $(addprefix tests/test_,$(addsuffix .py,contract core norms conv transforms convert \
 	linen linen_models nnx product sharding elsewhere))
 
-.PHONY: demo test test-cpus test-slow test-torch lint clean
+# A file for each part: what they leave out is its behaviour in whole models and in other libraries.
+QUICK_TESTS ?= $(addprefix tests/test_,$(addsuffix .py,contract core conv transforms convert linen \
+	linen_methods nnx product programs silence private_names))
+
+# In the order of tests/conftest.py.
+PYTEST = $(RUN) -m pytest -n 2 --dist loadgroup --no-loadscope-reorder
+
+.PHONY: demo test test-quick test-cpus test-slow test-torch lint clean
 
 ## Train an SN-GAN on handwritten digits; prints where the pictures are.
 demo: $(VENV)/.experiments
@@ -18,7 +25,11 @@ demo: $(VENV)/.experiments
 
 ## The whole test suite.
 test: $(VENV)/.test
-	$(RUN) -m pytest -n 2 --dist loadgroup
+	$(PYTEST)
+
+## The library's core in under three minutes; for the time between two changes.
+test-quick: $(VENV)/.test
+	$(PYTEST) $(QUICK_TESTS)
 
 ## The library's tests with the BLAS kernels and the instructions of other processors; half an hour.
 test-cpus: $(VENV)/.test

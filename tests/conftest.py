@@ -1,3 +1,4 @@
+import gc
 import os
 
 from flags import quick_flags
@@ -6,9 +7,16 @@ from flags import quick_flags
 # One BLAS thread per test process: two that spin for two cores were 100 times slower.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 os.environ.setdefault("XLA_FLAGS", quick_flags())
+# Here, so that all workers have one.
+os.environ.setdefault("KILL_SEED", str(int.from_bytes(os.urandom(4))))
 
 import jax
 import pytest
+
+# Files whose few tests take longest go first, or one process would wait for the other at the end.
+FIRST = ("processes", "gan", "sharding", "gan_methods", "accelerator", "transformer", "certify")
+# Their tests share nothing.
+SPLIT = ("sharding", "norms", "certify", "package", "jax_ecosystem")
 
 
 def pytest_configure(config):
@@ -17,6 +25,31 @@ def pytest_configure(config):
     jax.config.update("jax_numpy_rank_promotion", "raise")
     jax.config.update("jax_numpy_dtype_promotion", "strict")
     jax.config.update("jax_enable_x64", True)
+
+
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
+def pytest_collection_modifyitems(items):
+    """Tests of a file run in one process, which traces and compiles once what they share."""
+
+    def name(item):
+        return item.path.stem.removeprefix("test_")
+
+    for item in items:
+        if name(item) not in SPLIT and item.get_closest_marker("xdist_group") is None:
+            item.add_marker(pytest.mark.xdist_group(name(item)))
+    items.sort(key=lambda item: FIRST.index(name(item)) if name(item) in FIRST else len(FIRST))
+
+
+def pytest_collection_finish():
+    """What imports have made stays, and is not searched for garbage over and over: with the large
+    heaps of traced programs that was a tenth of the time or more."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 20)
+
+
+def pytest_report_header():
+    return f"what is killed at random can be repeated with KILL_SEED={os.environ['KILL_SEED']}"
 
 
 @pytest.fixture(autouse=True)

@@ -2,7 +2,6 @@
 
 import json
 import os
-import random
 import signal
 import subprocess
 import sys
@@ -15,6 +14,7 @@ from unittest.mock import patch
 
 import numpy as np
 import pytest
+from kills import KILL_SEED, moments
 from test_data import flipped, md5
 
 import sn_jax
@@ -140,13 +140,15 @@ def test_killed_and_resumed(packed, tmp_path, here, capsys):
     env = os.environ | nobody | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
     process = subprocess.Popen([sys.executable, "-c", code, *args], env=env, start_new_session=True)
     # While it compiles, or after its first checkpoint, when it is measured.
-    mark, most = random.choice([("config.json", 3.0), ("checkpoints/2", 0.5)])
-    moment = random.uniform(0, most)
+    rng = moments("accelerator")
+    mark, most = rng.choice([("config.json", 3.0), ("checkpoints/2", 0.5)])
+    moment = rng.uniform(0, most)
     while process.poll() is None and not (run / mark).exists():
         time.sleep(0.02)
     time.sleep(moment)
     process.kill()
-    print(f"killed {moment:.2f} s after {mark}")  # shown if the test fails
+    # Shown if the test fails.
+    print(f"killed {moment:.2f} s after {mark} (KILL_SEED={KILL_SEED})")
     assert process.wait() < 0, "it ended before it was killed"
     assert ended(process.pid), "whom it started ends with it"
     assert read_summary(out / "bench-step")["state"] == "done"

@@ -219,9 +219,10 @@ def test_large_padded_convolutions_are_bracketed(options):
     np.testing.assert_allclose(lower, sigma, rtol=1e-4)
 
 
+# Their explicit matrices are a little too large.
 LONG = [
-    Conv(3000),
-    Conv(4500, strides=3, padding=((5, 1),)),
+    Conv(2100),
+    Conv(3300, strides=3, padding=((5, 1),)),
     Conv(5000, padding="REFLECT"),
     Conv(4999, strides=2, padding="CIRCULAR"),
 ]

@@ -2,7 +2,7 @@
 
 import json
 import os
-import random
+import re
 import shutil
 import subprocess
 import sys
@@ -14,14 +14,17 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+from gan_processes import images, options
+from kills import KILL_SEED, moments
 
 from experiments import processes
 from experiments.cli import UserError
+from experiments.gan import loop
 from experiments.gan.place import Place
 from experiments.gan.train import Config
 
 WORKER = Path(__file__).parent / "gan_processes.py"
-FIRST, LAST = 2, 12  # ten steps between them, saved at every second
+LAST = 14  # saved at every second step
 pytestmark = pytest.mark.xdist_group("processes")
 
 
@@ -78,47 +81,62 @@ def differences(a, b):
     }
 
 
-def continued(runs, out, step=FIRST, of="start"):
+def alone(out):
+    """The same training in this process."""
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        loop.train(options(out, steps=LAST), images(), 10)
+
+
+def continued(runs, out, step, of):
     shutil.copytree(runs / of / "checkpoints" / str(step), out / "checkpoints" / str(step))
+
+
+def kill_one(monkeypatch, out):
+    """Two processes of which one is killed; returns the step of their earliest checkpoint."""
+    rng = moments("processes")
+    last, delay = rng.choice([4, 6]), rng.uniform(0, 0.25)  # within a step, or while it saves
+    running, paths = start(monkeypatch, out, 2)
+    deadline = time.monotonic() + 3000
+    while not (out / "checkpoints" / str(last)).exists() and time.monotonic() < deadline:
+        said = "\n".join(path.read_text() for path in paths)
+        assert all(process.poll() is None for process in running), said
+        time.sleep(0.01)
+    time.sleep(delay)
+    running[1].kill()
+    # The other one waits for it, or dies of it; the launcher would stop it.
+    processes.stop(running)
+    steps = sorted(int(p.name) for p in (out / "checkpoints").iterdir() if p.name.isdigit())
+    assert steps[-1] < LAST, f"killed too late, after {last} (KILL_SEED={KILL_SEED})"
+    return steps[0]
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """Begun by two processes, and gone on with by one, and by two that nothing befalls."""
+    """One by two processes that nothing befalls, one of which one is killed, gone on with by two,
+    and one that was begun by two, gone on with by one."""
     folder = tmp_path_factory.mktemp("runs")
     monkeypatch = pytest.MonkeyPatch()
-    succeed(start(monkeypatch, folder / "start", 2, steps=FIRST))
-    for count, name in [(1, "one"), (2, "two")]:
-        continued(folder, folder / name)
-        succeed(start(monkeypatch, folder / name, count))
+    step = kill_one(monkeypatch, folder / "killed")
+    continued(folder, folder / "begun", step, "killed")
+    continued(folder, folder / "one", step, "killed")
+    for name in ("killed", "two"):
+        succeed(start(monkeypatch, folder / name, 2))
+    alone(folder / "one")
     return folder
 
 
 def test_two_processes_are_one(runs):
     worst = differences(saved(runs / "one"), saved(runs / "two"))
-    assert max(worst.values()) < 1e-8, worst
+    assert max(worst.values()) < 1e-8, (KILL_SEED, worst)
     # float64 indeed, and trained: the checkpoint before differs.
     assert max(differences(saved(runs / "two"), saved(runs / "two", LAST - 2)).values()) > 1e-4
     rows = [json.loads(line) for line in (runs / "two" / "metrics.jsonl").read_text().splitlines()]
-    assert [row["step"] for row in rows] == [5, 10, 12]  # written once
+    assert [row["step"] for row in rows] == [5, 10, LAST]  # written once
 
 
-def test_a_killed_process_and_a_restart_change_nothing(runs, monkeypatch):
-    out, last = runs / "killed", random.Random(os.urandom(4)).choice([4, 6])
-    continued(runs, out)
-    running, _ = start(monkeypatch, out, 2)
-    deadline = time.monotonic() + 3000
-    while not (out / "checkpoints" / str(last)).exists() and time.monotonic() < deadline:
-        assert all(process.poll() is None for process in running)
-        time.sleep(0.01)
-    time.sleep(random.random() / 4)  # within a step, or while it saves
-    running[1].kill()
-    # The other one waits for it, or dies of it; the launcher would stop it.
-    processes.stop(running)
-    assert not (out / "checkpoints" / str(LAST)).exists(), f"killed too late, after {last}"
-    succeed(start(monkeypatch, out, 2))
-    worst = differences(saved(out), saved(runs / "two"))
-    assert max(worst.values()) == 0, worst
+def test_a_killed_process_and_a_restart_change_nothing(runs):
+    worst = differences(saved(runs / "killed"), saved(runs / "two"))
+    assert max(worst.values()) == 0, (KILL_SEED, worst)
 
 
 @pytest.mark.slow
@@ -130,16 +148,14 @@ def test_four_processes_on_another_mesh_go_on_from_two(runs, monkeypatch):
     assert max(worst.values()) < 1e-8, worst
 
 
-def test_a_checkpoint_without_one_of_its_files(runs, monkeypatch):
-    out = runs / "missing"
-    continued(runs, out)
-    files = (out / "checkpoints" / str(FIRST) / "state").rglob("d/*")
-    shard = max(files, key=lambda file: file.stat().st_size)
+def test_a_checkpoint_without_one_of_its_files(runs, tmp_path):
+    out = tmp_path / "missing"
+    shutil.copytree(runs / "begun", out)
+    (folder,) = (out / "checkpoints").iterdir()
+    shard = max((folder / "state").rglob("d/*"), key=lambda file: file.stat().st_size)
     shard.unlink()
-    codes, (text,) = finish(start(monkeypatch, out, 1))
-    assert codes == [1]
-    assert shard.name in text
-    assert "is damaged: move" in text
+    with pytest.raises(UserError, match=re.escape(f"{shard.name} is damaged: move {folder} ")):
+        alone(out)
 
 
 def test_processes_that_disagree(tmp_path, monkeypatch):

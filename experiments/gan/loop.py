@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -16,13 +17,21 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from jax import Array
-from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
 from experiments import processes
 from experiments.cli import UserError, write_text
 from experiments.gan.place import Place
 from experiments.gan.train import Config, Data, State, Training, make_training
+
+# Its writer imports all of PyTorch where that is installed, seconds of every start, and needs none.
+if hidden := "torch" not in sys.modules:
+    sys.modules["torch"] = None
+try:
+    from tensorboardX import SummaryWriter
+finally:
+    if hidden:
+        del sys.modules["torch"]
 
 # A look at the run where a checkpoint was saved or restored; returns scalars for TensorBoard.
 AtCheckpoint = Callable[[Training, State], dict[str, float]]

@@ -30,6 +30,9 @@ class Place:
                         f"{name} splits a batch of {size} into {parts}, which does not divide it: "
                         "choose --batch-size, or --mesh, so that it does."
                     )
+            # One function, or each call would compile its own.
+            whole = NamedSharding(self.mesh, P())
+            self._whole = jax.jit(lambda tree: tree, out_shardings=whole)
         self.width = config.width
 
     def on_mesh(self) -> contextlib.AbstractContextManager:
@@ -78,7 +81,7 @@ class Place:
     def host(self, tree: Any) -> Any:
         """As NumPy arrays, whole, on every process."""
         if self.mesh is not None:
-            tree = jax.jit(lambda tree: tree, out_shardings=NamedSharding(self.mesh, P()))(tree)
+            tree = self._whole(tree)
         return jax.device_get(tree)
 
 
