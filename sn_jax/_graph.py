@@ -25,6 +25,11 @@ Value = Operation | Constant
 # Loops are unrolled up to this many equations in all.
 UNROLLED = 4000
 
+_OWN = {
+    "add": jax.lax.add_p, "broadcast_in_dim": jax.lax.broadcast_in_dim_p, "div": jax.lax.div_p,
+    "mul": jax.lax.mul_p, "reshape": jax.lax.reshape_p, "slice": jax.lax.slice_p,
+    "sub": jax.lax.sub_p,
+}  # fmt: skip
 _CALLS = {
     "jit", "pjit", "closed_call", "core_call", "remat", "remat2", "checkpoint", "custom_jvp_call",
     "custom_vjp_call", "custom_vjp_call_jaxpr", "custom_vmap_call", "custom_lin",
@@ -94,6 +99,7 @@ class Builder:
     def __init__(self, platform: int = 0):
         self.platform, self.n_platforms = platform, 1
         self.notes: list[str] = []
+        self.here = "?"  # the line that is being translated
         self.budget = UNROLLED
         self._constants: dict[Any, Constant] = {}
         self._operations: dict[Any, Operation] = {}
@@ -121,15 +127,12 @@ class Builder:
         return self._operations[key]
 
     def like(self, op: str, *args: Value, **params: Any) -> Value:
-        """An elementwise or indexing operation on these, of JAX's own primitive; its source line
-        is that of the first argument."""
-        fns = {"broadcast_in_dim": jax.lax.broadcast_in_dim_p, "reshape": jax.lax.reshape_p,
-               "slice": jax.lax.slice_p}  # fmt: skip
+        """An elementwise or indexing operation on these, of JAX's own primitive."""
         first = next(a for a in args if isinstance(a, Operation))
         shape = params.pop("shape", None)
         if shape is None:
             shape = np.broadcast_shapes(*(a.shape for a in args))
-        return self.emit(op, args, params, shape, first.dtype, first.where, fns.get(op))
+        return self.emit(op, args, params, shape, first.dtype, self.here, _OWN.get(op))
 
     def emit(self, op, args, params, shape, dtype, where, primitive=None, out=0) -> Value:
         """The operation, or what equals it and is simpler."""
@@ -194,7 +197,7 @@ class Builder:
                 return a
             if number == 0 and op == "mul":
                 return self.constant(np.zeros(shape, a.dtype))
-            if number == -math.inf and op == "max" or number == math.inf and op == "min":
+            if (op, number) in (("max", -math.inf), ("min", math.inf)):
                 return a
         return None
 
@@ -221,8 +224,12 @@ class Builder:
     def equation(self, eqn, inputs: list[Value]) -> Sequence[Value]:
         name = eqn.primitive.name
         inner = inner_program(eqn) if name in _CALLS else None
+        line = where(eqn)
+        self.here = line if line != "?" else self.here
         if inner is not None:
-            return self.program(inner, inputs)
+            outer, outputs = self.here, self.program(inner, inputs)
+            self.here = outer
+            return outputs
         if name == "platform_index":
             self.n_platforms = max(self.n_platforms, len(eqn.params["platforms"]))
             last = len(eqn.params["platforms"]) - 1
@@ -238,7 +245,7 @@ class Builder:
             return [self.constant(value) for value in values]
         if name == "cond":
             raise ValueError(
-                f"{where(eqn)}: a branch on x (cond): it can jump, so there is no bound. "
+                f"{self.here}: a branch on x (cond): it can jump, so there is no bound. "
                 "Close over what decides the branch, as a constant."
             )
         if name == "scan":
@@ -246,7 +253,7 @@ class Builder:
         if name == "while":
             return self.while_loop(eqn, inputs)
         return [
-            self.emit(name, inputs, eqn.params, out.aval.shape, out.aval.dtype, where(eqn),
+            self.emit(name, inputs, eqn.params, out.aval.shape, out.aval.dtype, self.here,
                       eqn.primitive, i)
             for i, out in enumerate(eqn.outvars)
         ]  # fmt: skip
@@ -259,7 +266,7 @@ class Builder:
         size = length * _size(body.jaxpr)
         if size > self.budget:
             raise ValueError(
-                f"{where(eqn)}: a scan of {length} steps, {size} equations unrolled, more than "
+                f"{self.here}: a scan of {length} steps, {size} equations unrolled, more than "
                 f"the {self.budget} that are left."
             )
         self.budget -= size
@@ -271,7 +278,7 @@ class Builder:
             stacked.append(outputs[n_carry:])
         if eqn.params["reverse"]:
             stacked.reverse()
-        line = where(eqn)
+        line = self.here
         ys = [self._stack(values, out.aval, line)
               for values, out in zip(zip(*stacked, strict=True), eqn.outvars[n_carry:],
                                      strict=True)]  # fmt: skip
@@ -311,7 +318,7 @@ class Builder:
             (going,) = self.program(params["cond_jaxpr"], [*cond_consts, *carry])
             if not isinstance(going, Constant):
                 raise ValueError(
-                    f"{where(eqn)}: a loop whose end depends on x (while): it can jump, so there "
+                    f"{self.here}: a loop whose end depends on x (while): it can jump, so there "
                     "is no bound. Fix the number of steps."
                 )
             if not bool(np.asarray(going.value)):
@@ -319,7 +326,7 @@ class Builder:
             self.budget -= _size(params["body_jaxpr"].jaxpr)
             if self.budget < 0:
                 raise ValueError(
-                    f"{where(eqn)}: a loop (while) of more than {UNROLLED} equations unrolled: "
+                    f"{self.here}: a loop (while) of more than {UNROLLED} equations unrolled: "
                     "write it as lax.scan or lax.fori_loop with a constant number of steps."
                 )
             carry = self.program(params["body_jaxpr"], [*body_consts, *carry])
@@ -384,7 +391,7 @@ def _is_finite(a: Value) -> bool:
 
 _TOTAL = {
     "x", "add", "sub", "mul", "div", "neg", "max", "min", "tanh", "logistic", "abs", "exp", "sin",
-    "cos", "square", "reduce_max", "reduce_min", "reduce_sum", "dot_general", "reshape", "transpose",
+    "cos", "reduce_max", "reduce_min", "reduce_sum", "dot_general", "reshape", "transpose",
     "broadcast_in_dim", "squeeze", "slice", "conv_general_dilated", "softmax", "logsumexp",
     "concatenate", "erf", "square", "sort", "rev", "reduce_window_max", "reduce_window_sum",
 }  # fmt: skip

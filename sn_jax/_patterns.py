@@ -45,9 +45,9 @@ def _is_positive(a: Operation) -> bool:
 def _larger(builder, op: str, a: Operation, b: Operation) -> Operation:
     """max and min of the same two differ from their mean by the same ``|a - b| / 2``."""
     key = sorted((a, b), key=id)
-    gap = builder.operation("half_gap", key, {}, a.shape, a.dtype, a.where)
+    gap = builder.operation("half_gap", key, {}, a.shape, a.dtype, builder.here)
     return builder.operation(
-        "larger" if op == "max" else "smaller", (a, b), {"gap": gap}, a.shape, a.dtype, a.where
+        "larger" if op == "max" else "smaller", (a, b), {"gap": gap}, a.shape, a.dtype, builder.here
     )
 
 
@@ -257,7 +257,7 @@ def _without_factors(builder, a: Operation) -> tuple[Operation, list[tuple[str, 
         inner, factors = _without_factors(builder, a.inputs[0])
         if factors:
             core = builder.emit(
-                a.op, [inner], a.params, a.shape, a.dtype, a.where, a.primitive, a.out
+                a.op, [inner], a.params, a.shape, a.dtype, builder.here, a.primitive, a.out
             )
             moved = [
                 (op, builder.constant(permuted(a, np.broadcast_to(c.array, inner.shape))))
@@ -269,7 +269,7 @@ def _without_factors(builder, a: Operation) -> tuple[Operation, list[tuple[str, 
 
 def _times(builder, a, factors):
     for op, c in factors:
-        a = builder.emit(op, [a, c], {}, a.shape, a.dtype, a.where)
+        a = builder.like(op, a, c)
     return a
 
 
@@ -285,7 +285,7 @@ def _softmax(builder, e: Operation, total: Any, groups: np.ndarray):
         return None
     z = _without_shift(e.inputs[0], groups)[0]
     params = {"groups": builder.constant(groups)}
-    return builder.operation("softmax", [z], params, e.shape, e.dtype, e.where)
+    return builder.operation("softmax", [z], params, e.shape, e.dtype, builder.here)
 
 
 def _without_shift(t: Operation, groups: np.ndarray):
@@ -300,13 +300,13 @@ def _logarithm(builder, a: Operation):
     if is_indexing(a.op):
         inner = _logarithm(builder, a.inputs[0])
         return inner and builder.emit(
-            a.op, [inner], a.params, a.shape, a.dtype, a.where, a.primitive, a.out
+            a.op, [inner], a.params, a.shape, a.dtype, builder.here, a.primitive, a.out
         )
     if a.op != "reduce_sum" or a.inputs[0].op != "exp":
         return None
     z, m = _without_shift(a.inputs[0].inputs[0], _summed(a))
     axes = tuple(int(axis) for axis in a.params["axes"])
-    out = builder.operation("logsumexp", [z], {"axes": axes}, a.shape, a.dtype, a.where)
+    out = builder.operation("logsumexp", [z], {"axes": axes}, a.shape, a.dtype, builder.here)
     if isinstance(m, Constant):
         return builder.like("sub", out, m, shape=a.shape) if m.shape == () else None
     if m is None:
@@ -338,7 +338,8 @@ def _normalized(builder, u: Operation, tree: _Tree, least: float, groups: np.nda
     own, entries = _source(u, bijective=True)
     if centered:
         # E[x^2] - E[x]^2, for u = x - E[x].
-        mean = _multiple(tree[2][1]) if isinstance(tree[2], tuple) and tree[2][0] == "square" else None
+        squared = isinstance(tree[2], tuple) and tree[2][0] == "square"
+        mean = _multiple(tree[2][1]) if squared else None
         sizes = np.unique(member, return_counts=True)[1]
         if mean is None or mean[0] != k or np.any(sizes * k != 1) or own.op != "sub":
             return None
@@ -364,4 +365,4 @@ def _normalized(builder, u: Operation, tree: _Tree, least: float, groups: np.nda
     bound = math.sqrt(1 / k) * (1 + 2**-50)
     lipschitz = (1 / least) * (1 + 2**-50) if least > 0 else math.inf
     params = {"lipschitz": lipschitz, "bound": bound, "groups": builder.constant(groups)}
-    return builder.operation("normalize", [u], params, u.shape, u.dtype, u.where)
+    return builder.operation("normalize", [u], params, u.shape, u.dtype, builder.here)
