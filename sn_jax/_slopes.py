@@ -1,8 +1,8 @@
 """Slopes of scalar functions: intervals that hold every difference quotient of a small program.
 
 The function is a list of primitives. It is evaluated on boxes as an interval jet (f, f', f''),
-rounded outwards; branch and bound splits the boxes until the range of f' is tight. Beyond 2^128
-every intermediate also carries an envelope, so that x * logistic(x) has a finite slope there.
+rounded outwards; branch and bound splits the boxes until the range of f' is tight. On the two
+tails every intermediate also carries an envelope: x * logistic(x) has a finite slope there.
 Nothing here knows JAX: the caller translates, and decides what is one function of one number.
 """
 
@@ -18,14 +18,13 @@ import scipy.special
 # Relative errors that NumPy's and SciPy's functions are granted, and those of composed formulas.
 _LIBRARY = 2.0**-46
 _FORMULA = 2.0**-40
-# Beyond this the two tails begin: the numbers that float32 cannot hold.
-_TAIL = 2.0**128
-_LOG_TAIL = 128 * math.log(2.0)
+# Where the two tails may begin; beyond the last, float32 holds no number.
+_TAILS = tuple(2.0**k for k in (3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32, 48, 64, 96, 128))
 _MAX = np.finfo(float).max
 # Branch and bound stops at this gap, relative to the largest slope seen.
-_GAP = 1e-9
+_GAP = 1e-8
 _BATCH = 256
-_MOST_BOXES = 20_000
+_MOST_BOXES = 10_000
 _MOST_ROUNDS = 200
 
 Number = int | float
@@ -124,7 +123,9 @@ def slopes(
     for node in nodes:
         args = [done[a] if isinstance(a, Ref) else _constant(a) for a in node.args]
         done.append(program.add(node.op, args, node.params))
-    return _slopes(program.reduced(done[-1]), low, high, eps)
+    # Infinite ends and what they meet are part of the arithmetic.
+    with np.errstate(all="ignore"):
+        return _slopes(program.reduced(done[-1]), low, high, eps)
 
 
 # Programs -----------------------------------------------------------------------------------------
@@ -290,6 +291,10 @@ class _Program:
             a, b = b, a
         if isinstance(a, Ref) and self.same(a, b):
             return self.make_integer_pow(a, 2)
+        sine, cosine = (self.match(a, "sin") or self.match(b, "sin"),
+                        self.match(a, "cos") or self.match(b, "cos"))  # fmt: skip
+        if sine is not None and sine == cosine:
+            return self.make_mul(self.emit("sin", self.make_mul(sine[0], 2.0)), 0.5)
         if isinstance(b, float) and isinstance(a, Ref):
             if b == 1:
                 return a
@@ -332,6 +337,11 @@ class _Program:
     def make_integer_pow(self, x: Any, y: int) -> Any:
         if y == 0:
             return 1.0
+        for name, half in (("sin", -0.5), ("cos", 0.5)):
+            inner = self.match(x, name)
+            if inner is not None and y == 2:
+                double = self.emit("cos", self.make_mul(inner[0], 2.0))
+                return self.make_add(self.make_mul(double, half), 0.5)
         return x if y == 1 else self.emit("integer_pow", x, param=int(y))
 
     def make_pow(self, x: Any, y: Any) -> Any:
@@ -471,18 +481,19 @@ def _power(a: np.ndarray, n: int) -> np.ndarray:
 
 
 # An envelope (alpha, p, e) of a magnitude on a tail: log |u| against alpha + p log y + e y, where
-# y = |x| >= _TAIL.
+# y = |x| is at least where the tail begins.
 _Envelope = tuple[float, float, float]
 
 
-def _top(envelope: _Envelope) -> float:
+def _top(envelope: _Envelope, tail: float) -> float:
     """The largest value under an upper envelope, rounded up."""
     alpha, p, e = envelope
-    if e > 0 or (e == 0 and p > 0) or (p > 0 and p / _TAIL + e >= 0):
+    if e > 0 or (e == 0 and p > 0) or (p > 0 and p / tail + e >= 0):
         return math.inf
-    exponent = alpha + p * _LOG_TAIL + e * _TAIL
-    exponent += 1e-9 * (1 + abs(p) * _LOG_TAIL) + 1e-12 * (abs(alpha) + abs(e) * _TAIL)
-    return math.inf if exponent > 700 else math.exp(exponent) * (1 + 1e-9) + 5e-324
+    growth = p * math.log(tail)
+    exponent = alpha + growth + e * tail
+    exponent += 1e-12 * (1 + abs(growth) + abs(alpha) + abs(e) * tail)
+    return math.inf if exponent > 700 else math.exp(exponent) * (1 + 1e-12) + 5e-324
 
 
 def _both(a: _Envelope, b: _Envelope, sign: float = 1.0) -> _Envelope:
@@ -490,14 +501,14 @@ def _both(a: _Envelope, b: _Envelope, sign: float = 1.0) -> _Envelope:
 
 
 class Interval:
-    """Closed intervals: ends (2, n), and on a tail (n = 1) envelopes of the magnitude."""
+    """Closed intervals: ends (2, n); on a tail |x| >= ``tail`` > 0, n = 1, also envelopes."""
 
     __slots__ = ("ends", "tail", "under", "upper")
 
     def __init__(
         self,
         ends: np.ndarray,
-        tail: bool = False,
+        tail: float = 0.0,
         upper: _Envelope | None = None,
         under: _Envelope | None = None,
     ):
@@ -505,7 +516,7 @@ class Interval:
         if not tail:
             return
         low, high = float(ends[0, 0]), float(ends[1, 0])
-        if upper is not None and (top := _top(upper)) < math.inf:
+        if upper is not None and (top := _top(upper, tail)) < math.inf:
             low, high = max(low, -top), min(high, top)
             self.ends = np.array([[low], [high]])
         largest = max(abs(low), abs(high))
@@ -553,13 +564,15 @@ class Interval:
                 continue
             if same:
                 new = one.under
-            elif two.upper is not None and _top(_both(two.upper, one.under, -1.0)) <= 0.5:
+            elif (
+                two.upper is not None and _top(_both(two.upper, one.under, -1.0), self.tail) <= 0.5
+            ):
                 new = one.under[0] - 0.6931471805599454, one.under[1], one.under[2]
             else:
                 continue
             if under is None or new[1:] > under[1:]:
                 under = new
-        return Interval(ends, True, upper, under)
+        return Interval(ends, self.tail, upper, under)
 
     def __sub__(self, other: "Interval") -> "Interval":
         return self + -other
@@ -572,7 +585,7 @@ class Interval:
             return Interval(ends)
         upper = _both(self.upper, other.upper) if self.upper and other.upper else None
         under = _both(self.under, other.under) if self.under and other.under else None
-        return Interval(ends, True, upper, under)
+        return Interval(ends, self.tail, upper, under)
 
     def __truediv__(self, other: "Interval") -> "Interval":
         ends = _over(self.ends, other.ends)
@@ -580,7 +593,7 @@ class Interval:
             return Interval(ends)
         upper = _both(self.upper, other.under, -1.0) if self.upper and other.under else None
         under = _both(self.under, other.upper, -1.0) if self.under and other.upper else None
-        return Interval(ends, True, upper, under)
+        return Interval(ends, self.tail, upper, under)
 
     def __pow__(self, n: int) -> "Interval":
         if n < 0:
@@ -614,13 +627,13 @@ def _log_up(x: float) -> float:
     return math.log(x) + 1e-12 * (1 + abs(math.log(x))) if x < math.inf else 745.2
 
 
-def constant(value: float, tail: bool = False) -> Interval:
+def constant(value: float, tail: float = 0.0) -> Interval:
     if math.isnan(value):
         return entire(tail)
     return Interval(np.array([[value], [value]]), tail)
 
 
-def entire(tail: bool = False) -> Interval:
+def entire(tail: float = 0.0) -> Interval:
     return Interval(np.array([[-np.inf], [np.inf]]), tail)
 
 
@@ -684,7 +697,7 @@ def _rate(u: Interval) -> float:
     """k such that |u| >= k y on the tail."""
     if u.under is None or u.under[1] < 1 or u.under[2] < 0:
         return 0.0
-    exponent = u.under[0] + (u.under[1] - 1) * _LOG_TAIL
+    exponent = u.under[0] + (u.under[1] - 1) * math.log(u.tail)
     return math.exp(min(exponent, 600.0)) * (1 - 1e-6)
 
 
@@ -710,18 +723,18 @@ def _like_power(q: float, factor: float = 1.0, exact: bool = False):
 
     def envelope(u):
         one, two = (u.upper, u.under) if q > 0 else (u.under, u.upper)
-        upper = _scaled(one, q, log_c + 1e-9)
-        return upper, _scaled(two, q, log_c - 1e-9) if exact else None
+        upper = _scaled(one, q, log_c + 1e-15)
+        return upper, _scaled(two, q, log_c - 1e-15) if exact else None
 
     return envelope
 
 
 def _like_log(u):
-    """|log u|, which no power of y keeps up with: log log y <= log(y) / 8."""
+    """|log u|, by log log y <= log(y) / e."""
     if u.upper is None or u.under is None or u.upper[2] > 0 or u.under[2] < 0:
         return None, None
-    most = max(abs(e[0]) / _LOG_TAIL + abs(e[1]) for e in (u.upper, u.under))
-    return (_log_up(most + 1.0), 0.125, 0.0), None
+    most = max(abs(e[0]) / math.log(u.tail) + abs(e[1]) for e in (u.upper, u.under))
+    return (_log_up(most + 1.0), 0.36787944117144233 + 1e-15, 0.0), None
 
 
 def _softplus_envelope(u):
@@ -860,6 +873,12 @@ def _acosh1(x):
     return 1 / (np.sqrt(x - 1) * np.sqrt(x + 1))
 
 
+def _asinh2(x):
+    # One division at a time: the cube of the root would overflow first.
+    root = np.hypot(1, x)
+    return -x / root / root / root
+
+
 def _erf_inv1(x):
     return math.sqrt(math.pi) / 2 * np.exp(scipy.special.erfinv(x) ** 2)
 
@@ -900,7 +919,11 @@ _UNARY: dict[str, Unary] = {
     "sin": Unary(_sine(0), _sine(1), _sine(2)),
     "cos": Unary(_sine(1), _sine(2), _sine(3)),
     "asin": Unary(
-        Piecewise(np.arcsin, error=_LIBRARY), Piecewise(_asin1, (0.0,)), Piecewise(_asin2), -1.0, 1.0
+        Piecewise(np.arcsin, error=_LIBRARY),
+        Piecewise(_asin1, (0.0,)),
+        Piecewise(_asin2),
+        -1.0,
+        1.0,
     ),
     "acos": Unary(
         Piecewise(np.arccos, error=_LIBRARY),
@@ -918,7 +941,7 @@ _UNARY: dict[str, Unary] = {
     "asinh": Unary(
         Piecewise(np.arcsinh, envelope=lambda u: (u.upper, None), error=_LIBRARY),
         Piecewise(lambda x: 1 / np.hypot(1, x), (0.0,), 0.0, 1.0, _like_power(-1.0)),
-        Piecewise(_quiet(lambda x: -x / np.hypot(1, x) / np.hypot(1, x) / np.hypot(1, x)), (-(0.5**0.5), 0.5**0.5),
+        Piecewise(_quiet(_asinh2), (-(0.5**0.5), 0.5**0.5),
                   envelope=_like_power(-2.0)),
     ),
     "acosh": Unary(
@@ -988,11 +1011,12 @@ _NOWHERE = np.zeros(1, bool)
 class _Evaluation:
     """One pass over the program: on boxes (2, n), some of them points, or on one tail."""
 
-    def __init__(self, boxes: np.ndarray, side: int = 0):
-        self.tail = side != 0
+    def __init__(self, boxes: np.ndarray, tail: float = 0.0):
+        self.tail = tail
+        side = np.sign(boxes[0, 0])
         self.open = boxes[0] < boxes[1]
         zero = constant(0.0, self.tail)
-        one = constant(-1.0 if side < 0 else 1.0, self.tail)
+        one = constant(-1.0 if tail and side < 0 else 1.0, tail)
         envelope = (0.0, 1.0, 0.0) if self.tail else None
         self.x = Jet(Interval(boxes, self.tail, envelope, envelope), one, zero, _NOWHERE)
         # (undecided, where Newton's step leads) of every kink
@@ -1004,13 +1028,12 @@ class _Evaluation:
 
     def run(self, program: tuple) -> Any:
         jets: list[Any] = [self.x]
-        with np.errstate(all="ignore"):
-            for op, args, param in program[1:]:
-                read = [jets[a] if isinstance(a, Ref) else
-                        Truth(np.array([a]), np.array([not a])) if isinstance(a, bool) else
-                        self.constant(a) for a in args]  # fmt: skip
-                rule = _RULES[op]
-                jets.append(rule(self, *read) if param is None else rule(self, *read, param))
+        for op, args, param in program[1:]:
+            read = [jets[a] if isinstance(a, Ref) else
+                    Truth(np.array([a]), np.array([not a])) if isinstance(a, bool) else
+                    self.constant(a) for a in args]  # fmt: skip
+            rule = _RULES[op]
+            jets.append(rule(self, *read) if param is None else rule(self, *read, param))
         return jets
 
     def kink(self, undecided: np.ndarray, difference: Jet) -> None:
@@ -1091,7 +1114,8 @@ def _multiply(run: Any, a: Jet, b: Jet) -> Jet:
 
 def _divide(run: Any, a: Jet, b: Jet) -> Jet:
     if b.first.zero:
-        return Jet(a.value / b.value, a.first / b.value, a.second / b.value, a.unsure | b.unsure)
+        unsure = a.unsure | b.unsure | _around_zero(b)
+        return Jet(a.value / b.value, a.first / b.value, a.second / b.value, unsure)
     reciprocal = _integer_power(run, b, -1)
     product = _multiply(run, a, reciprocal)
     return product._replace(value=a.value / b.value)
@@ -1101,15 +1125,22 @@ def _chain(u: Jet, value: Interval, first: Interval, second: Interval) -> Jet:
     return Jet(value, first * u.first, second * u.first**2 + first * u.second, u.unsure)
 
 
+def _around_zero(u: Jet) -> np.ndarray:
+    return (u.value.low <= 0) & (u.value.high >= 0)
+
+
 def _integer_power(run: Any, u: Jet, n: int) -> Jet:
     tail = u.value.tail
+    if n < 0:
+        u = u._replace(unsure=u.unsure | _around_zero(u))
     first = constant(float(n), tail) * u.value ** (n - 1)
     second = constant(float(n * (n - 1)), tail) * u.value ** (n - 2)
     return _chain(u, u.value**n, first, second)
 
 
 def _unary(fn: Unary, run: _Evaluation, u: Jet) -> Jet:
-    outside = (u.value.low < fn.low) | (u.value.high > fn.high)
+    low, high = u.value.ends
+    outside = (low < fn.low) | (high > fn.high)
     inside = u.value
     if np.any(outside):
         safe = 0.5 * (max(fn.low, -1.0) + min(fn.high, 3.0 + max(fn.low, -1.0)))
@@ -1118,6 +1149,11 @@ def _unary(fn: Unary, run: _Evaluation, u: Jet) -> Jet:
     if np.any(outside):
         parts = (entire(run.tail).where(outside, part) for part in jet[:3])
         jet = Jet(*parts, jet.unsure)
+    # Poles are at the ends of the domain; on their two sides f need not meet.
+    edge = (math.isfinite(fn.low) & (low <= fn.low)) | (math.isfinite(fn.high) & (high >= fn.high))
+    if np.any(edge):
+        pole = edge & ~np.isfinite(jet.value.ends).all(0)
+        jet = jet._replace(unsure=jet.unsure | outside | pole)
     return jet
 
 
@@ -1130,7 +1166,7 @@ def _maximum(run: _Evaluation, a: Jet, b: Jet) -> Jet:
     value = Interval(np.maximum(a.value.ends, b.value.ends))
     if run.tail:
         hull = a.value.hull(b.value)
-        value = Interval(value.ends, True, hull.upper, hull.under)
+        value = Interval(value.ends, run.tail, hull.upper, hull.under)
     value = value.where(both, a.value.where(first, b.value))
     slope = a.first.hull(b.first).where(both, a.first.where(first, b.first))
     bend = entire(run.tail).where(both, a.second.where(first, b.second))
@@ -1287,22 +1323,20 @@ def _examined(program: tuple, x: np.ndarray) -> tuple[_Boxes, np.ndarray, np.nda
     jet = run.run(program)[-1]
     value, first, second = (_full(part, 2 * n) for part in jet[:3])
     unsure = np.broadcast_to(jet.unsure, 2 * n)[:n]
-    with np.errstate(all="ignore"):
-        offset = _sum(x, -np.array([centre, centre]))
-        # Mean-value forms: f' = f'(c) + f''(.) (x - c), and the same of f.
-        mean = _sum(first[:, n:], _times(second[:, :n], offset))
-        tight = np.where(unsure, first[:, :n], _meet(first[:, :n], mean))
-        mean = _sum(value[:, n:], _times(tight, offset))
-        # A monotone piece has its extremes at its ends, which the interval may not show.
-        tight_value = np.where(unsure, value[:, :n], _meet(value[:, :n], mean))
+    offset = _sum(x, -np.array([centre, centre]))
+    # Mean-value forms: f' = f'(c) + f''(.) (x - c), and the same of f.
+    mean = _sum(first[:, n:], _times(second[:, :n], offset))
+    tight = np.where(unsure, first[:, :n], _meet(first[:, :n], mean))
+    mean = _sum(value[:, n:], _times(tight, offset))
+    # A monotone piece has its extremes at its ends, which the interval may not show.
+    tight_value = np.where(unsure, value[:, :n], _meet(value[:, :n], mean))
     split = np.where((x[0] == 0) & ~np.isfinite(tight).all(0), x[1] * 2.0**-12, centre)
     split = np.where((x[1] == 0) & ~np.isfinite(tight).all(0), x[0] * 2.0**-12, split)
     for undecided, target in run.kinks:
         undecided = np.broadcast_to(undecided, 2 * n)[:n]
         target = np.broadcast_to(target, 2 * n)[n:]
-        with np.errstate(all="ignore"):
-            rounded = target.astype(np.float32).astype(float)
-            near = np.abs(rounded - target) <= 1e-12 * np.abs(target)
+        rounded = target.astype(np.float32).astype(float)
+        near = np.abs(rounded - target) <= 1e-12 * np.abs(target)
         target = np.where(near, rounded, target)
         split = np.where(undecided & (x[0] < target) & (target < x[1]), target, split)
     return _Boxes(x, tight, tight_value, unsure, split), first[:, n:], value[:, n:]
@@ -1311,7 +1345,7 @@ def _examined(program: tuple, x: np.ndarray) -> tuple[_Boxes, np.ndarray, np.nda
 def _grid(low: float, high: float) -> np.ndarray:
     powers = 2.0 ** np.arange(-1, 129)
     points = np.concatenate([-powers[::-1], [0.0], powers])
-    ends = [max(low, -_TAIL), min(high, _TAIL)]
+    ends = [max(low, -_TAILS[-1]), min(high, _TAILS[-1])]
     inside = points[(points > ends[0]) & (points < ends[1])]
     return np.concatenate([[ends[0]], inside, [ends[1]]])
 
@@ -1320,30 +1354,32 @@ def _grid(low: float, high: float) -> np.ndarray:
 def _bounded(program: tuple, low: float, high: float, eps: float) -> Slopes:
     if len(program) == 1:
         return Slopes(1.0, 1.0, low, high)
-    if low == high or low >= _TAIL or high <= -_TAIL:
+    if low == high or low >= _TAILS[-1] or high <= -_TAILS[-1]:
         return _at_once(program, low, high)
     edges = _grid(low, high)
     _check_edges(program, edges, eps)
     boxes, slope, value = _examined(program, np.array([edges[:-1], edges[1:]]))
-    # What is certain from the outset: the tails, which are not split.
-    outer = {"first": [math.inf, -math.inf], "value": [math.inf, -math.inf]}
-    for side, reached in ((-1, low < -_TAIL), (1, high > _TAIL)):
-        if reached:
-            for name, (a, b) in _on_tail(program, side, low if side < 0 else high).items():
-                outer[name] = [min(outer[name][0], a), max(outer[name][1], b)]
+    outer = {"first": (math.inf, -math.inf), "value": (math.inf, -math.inf)}
+    kept = np.ones(boxes.x.shape[1], bool)
+    for side, end in ((-1, low), (1, high)):
+        if side * end > _TAILS[-1]:
+            begin, tail = _tail(program, side, end, slope, value)
+            kept &= side * boxes.x[(side + 1) // 2] <= begin
+            outer = {k: (min(v[0], tail[k][0]), max(v[1], tail[k][1])) for k, v in outer.items()}
+    boxes = _Boxes(*(part[..., kept] for part in boxes))
     for target, gap in (("first", _GAP), ("value", 1e-7)):
         boxes, slope, value = _refined(program, boxes, slope, value, target, outer[target], gap)
     new = np.setdiff1d(boxes.x[0], edges)
     _check_edges(program, np.concatenate([[edges[0]], new, [edges[-1]]]), eps)
     first = boxes.first
     if np.any(boxes.unsure):
-        trusted = _small_steps(program, boxes, eps)
-        doubt = np.array([[-np.inf], [np.inf]])
-        first = np.where(boxes.unsure & ~trusted, doubt, first)
+        trusted = ~boxes.unsure
+        trusted[boxes.unsure] = _small_steps(program, boxes.x[:, boxes.unsure], edges[[0, -1]], eps)
+        first = np.where(trusted, first, np.array([[-np.inf], [np.inf]]))
     ends = []
     for name, found in (("first", first), ("value", boxes.value)):
         ends += [min(outer[name][0], found[0].min()), max(outer[name][1], found[1].max())]
-    return Slopes(*map(float, ends))
+    return Slopes(*(float(end) + 0.0 for end in ends))
 
 
 def _at_once(program: tuple, low: float, high: float) -> Slopes:
@@ -1353,9 +1389,9 @@ def _at_once(program: tuple, low: float, high: float) -> Slopes:
     return Slopes(*map(float, ends))
 
 
-def _on_tail(program: tuple, side: int, end: float) -> dict[str, tuple[float, float]]:
-    boxes = np.array([[_TAIL], [end]] if side > 0 else [[end], [-_TAIL]])
-    jet = _Evaluation(boxes, side).run(program)[-1]
+def _on_tail(program: tuple, side: int, begin: float, end: float) -> dict:
+    boxes = np.array([[begin], [end]] if side > 0 else [[end], [-begin]])
+    jet = _Evaluation(boxes, begin).run(program)[-1]
     # The derivative by y = |x|, turned back into one by x.
     first = jet.first.ends[:, 0] if side > 0 else -jet.first.ends[::-1, 0]
     if jet.unsure.any():
@@ -1364,34 +1400,59 @@ def _on_tail(program: tuple, side: int, end: float) -> dict[str, tuple[float, fl
     return {"first": (first[0], first[1]), "value": (value[0], value[1])}
 
 
+def _tail(
+    program: tuple, side: int, end: float, slope: np.ndarray, value: np.ndarray
+) -> tuple[float, dict]:
+    """Where the tail begins and what holds there: as soon as it widens no range."""
+    last = _on_tail(program, side, _TAILS[-1], end)
+    for begin in _TAILS[:-1]:
+        found = _on_tail(program, side, begin, end)
+        for name, known, gap in (("first", slope, _GAP), ("value", value, 1e-7)):
+            low, high = _reached(known, last[name])
+            slack = gap * _scale(low, high)
+            if not (low - slack <= found[name][0] and found[name][1] <= high + slack):
+                break
+        else:
+            return begin, found
+    return _TAILS[-1], last
+
+
+def _reached(known: np.ndarray, outer: tuple[float, float]) -> tuple[float, float]:
+    """(low, high) that the range is at least as wide as: of points, and of what is not split."""
+    finite = np.isfinite(known).all(0)
+    low = min(outer[0], known[1][finite].min(initial=np.inf))
+    return float(low), float(max(outer[1], known[0][finite].max(initial=-np.inf)))
+
+
+def _scale(*values: float) -> float:
+    return max([abs(v) for v in values if math.isfinite(v)], default=0.0)
+
+
 def _refined(
     program: tuple,
     boxes: _Boxes,
     slope: np.ndarray,
     value: np.ndarray,
     target: str,
-    outer: list[float],
+    outer: tuple[float, float],
     gap: float,
 ) -> tuple[_Boxes, np.ndarray, np.ndarray]:
     """Boxes split until the range of the target is known to the gap."""
+    most_boxes = boxes.x.shape[1] + _MOST_BOXES
     for _ in range(_MOST_ROUNDS):
         bounds = getattr(boxes, target)
         known = slope if target == "first" else value
-        finite = np.isfinite(known).all(0)
-        # Lower ends that are reached bound the supremum from below, and the reverse.
-        most = max(outer[1], known[0][finite].max(initial=-np.inf))
-        least = min(outer[0], known[1][finite].min(initial=np.inf))
-        scale = max([abs(v) for v in (most, least) if math.isfinite(v)], default=0.0)
+        least, most = _reached(known, outer)
+        scale = _scale(least, most)
         size = np.abs(boxes.x).max(0)
         width = boxes.x[1] - boxes.x[0]
         wide = (width > 2.0**-46 * size) & (width > 1e-40)
-        with np.errstate(all="ignore"):
-            excess = np.maximum(bounds[1] - most, least - bounds[0])
+        excess = np.maximum(bounds[1] - most, least - bounds[0])
         excess = np.where(np.isnan(excess), 0.0, excess)
         if target == "first":
             excess = np.where(boxes.unsure, np.inf, excess)
         active = np.flatnonzero(wide & (excess > gap * scale))
-        if not len(active) or len(width) > _MOST_BOXES:
+        if not len(active) or len(width) > most_boxes:
             break
         if len(active) > _BATCH:
             active = active[np.argsort(-excess[active], kind="stable")[:_BATCH]]
@@ -1416,6 +1477,18 @@ def _refined(
     return boxes, slope, value
 
 
+def _within_rounding(jet: Jet, x: np.ndarray, eps: float) -> np.ndarray:
+    """What a few units of f or of x change: pieces that close are taken to meet.
+
+    The units are the program's own, but no finer than the smallest boxes can show.
+    """
+    n = x.shape[1]
+    slope = np.abs(_full(jet.first, n)).max(0)
+    slope = np.where(np.isfinite(slope), slope, 0.0)
+    size = np.abs(_full(jet.value, n)).max(0)
+    return 4 * max(eps, 2.0**-44) * np.maximum(size, slope * np.abs(x).max(0))
+
+
 def _check_edges(program: tuple, edges: np.ndarray, eps: float) -> None:
     """Raises Jump where f just left of an edge, on it, and just right of it are apart."""
     n = len(edges)
@@ -1423,31 +1496,34 @@ def _check_edges(program: tuple, edges: np.ndarray, eps: float) -> None:
     right = np.array([edges, np.nextafter(edges, np.inf)])
     left[0, 0] = edges[0]
     right[1, -1] = edges[-1]
-    jet = _Evaluation(np.concatenate([left, [edges, edges], right], axis=1)).run(program)[-1]
+    x = np.concatenate([left, [edges, edges], right], axis=1)
+    jet = _Evaluation(x).run(program)[-1]
     ends = _full(jet.value, 3 * n).reshape(2, 3, n)
     apart = ends[0].max(0) - ends[1].min(0)
-    with np.errstate(all="ignore"):
-        bad = apart > 4 * eps * np.abs(ends).max((0, 1))
+    bad = apart > _within_rounding(jet, x, eps).reshape(3, n).max(0)
     bad &= np.isfinite(ends).all((0, 1))
     if bad.any():
         raise Jump(f"the function jumps by {apart[bad][0]:.3g} at {edges[bad][0]:.9g}.")
 
 
-def _small_steps(program: tuple, boxes: _Boxes, eps: float) -> np.ndarray:
-    """Whether f varies by rounding only in each of the boxes where a select is undecided."""
-    low, high = boxes.value
-    with np.errstate(all="ignore"):
-        small = high - low <= 4 * eps * np.maximum(np.abs(low), np.abs(high))
-    tiny = boxes.x[1] - boxes.x[0] <= 1e-12 * np.abs(boxes.x).max(0)
-    ends = [_full(_Evaluation(np.array([x, x])).run(program)[-1].value, len(low)) for x in boxes.x]
-    with np.errstate(all="ignore"):
-        apart = np.maximum(ends[0][0], ends[1][0]) - np.minimum(ends[0][1], ends[1][1])
-        size = np.abs(ends).max((0, 1))
-        jumps = boxes.unsure & tiny & (apart > 4 * eps * size) & np.isfinite(size)
-        # A steep slope crosses a tiny box too: its bound on f' is not what tells them apart.
-        slope = np.abs(boxes.first).max(0) * (boxes.x[1] - boxes.x[0])
-        jumps &= apart > 2 * slope
+def _small_steps(program: tuple, x: np.ndarray, ends: np.ndarray, eps: float) -> np.ndarray:
+    """Whether f varies by rounding only in each of the boxes x where a select is undecided."""
+    n = x.shape[1]
+    jet = _Evaluation(x).run(program)[-1]
+    value, first = _full(jet.value, n), _full(jet.first, n)
+    small = value[1] - value[0] <= _within_rounding(jet, x, eps)
+    size = np.abs(x).max(0)
+    # A few floats away the predicate is decided, where on the box itself rounding hides it.
+    around = x + np.array([[-1.0], [1.0]]) * size * 2.0**-44
+    around = np.clip(around, *ends)
+    points = _Evaluation(around.reshape(1, -1).repeat(2, 0)).run(program)[-1].value
+    left, right = _full(points, 2 * n)[:, :n], _full(points, 2 * n)[:, n:]
+    apart = np.maximum(left[0], right[0]) - np.minimum(left[1], right[1])
+    # What a steep slope does over so short a way is no jump.
+    way = 4 * np.abs(first).max(0) * (around[1] - around[0])
+    jumps = ~small & (x[1] - x[0] <= 1e-12 * size)
+    jumps &= apart > np.maximum(way, _within_rounding(jet, x, eps))
     if jumps.any():
-        at = boxes.x[0][jumps][0]
+        at = x[0][jumps][0]
         raise Jump(f"the function jumps by {apart[jumps][0]:.3g} near {at:.9g}.")
     return small
