@@ -1486,6 +1486,7 @@ def _within_rounding(jet: Jet, x: np.ndarray, eps: float) -> np.ndarray:
     slope = np.abs(_full(jet.first, n)).max(0)
     slope = np.where(np.isfinite(slope), slope, 0.0)
     size = np.abs(_full(jet.value, n)).max(0)
+    size = np.where(np.isfinite(size), size, 0.0)
     return 4 * max(eps, 2.0**-44) * np.maximum(size, slope * np.abs(x).max(0))
 
 
