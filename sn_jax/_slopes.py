@@ -348,6 +348,8 @@ class _Program:
         if isinstance(y, Ref):
             if isinstance(x, Ref) or x <= 0:
                 raise Unknown("pow")
+            if x == 1:
+                return 1.0
             return self.emit("exponential", y, param=x)
         if y == int(y) and abs(y) < 64:
             return self.make_integer_pow(x, int(y))
@@ -500,6 +502,10 @@ def _both(a: _Envelope, b: _Envelope, sign: float = 1.0) -> _Envelope:
     return a[0] + sign * b[0], a[1] + sign * b[1], a[2] + sign * b[2]
 
 
+def _join(pick: Callable[[float, float], float], a: _Envelope, b: _Envelope) -> _Envelope:
+    return pick(a[0], b[0]), pick(a[1], b[1]), pick(a[2], b[2])
+
+
 class Interval:
     """Closed intervals: ends (2, n); on a tail |x| >= ``tail`` > 0, n = 1, also envelopes."""
 
@@ -554,7 +560,7 @@ class Interval:
             return Interval(ends)
         upper = under = None
         if self.upper and other.upper:
-            upper = tuple(map(max, self.upper, other.upper))
+            upper = _join(max, self.upper, other.upper)
             upper = upper[0] + 0.6931471805599454, upper[1], upper[2]
         same = (self.low[0] >= 0 and other.low[0] >= 0) or (
             self.high[0] <= 0 and other.high[0] <= 0
@@ -608,11 +614,11 @@ class Interval:
         ends = np.array([np.minimum(self.low, other.low), np.maximum(self.high, other.high)])
         upper = under = None
         if self.upper and other.upper:
-            upper = tuple(map(max, self.upper, other.upper))
+            upper = _join(max, self.upper, other.upper)
         if self.zero or other.zero:
             upper = other.upper if self.zero else self.upper
         if self.under and other.under:
-            under = tuple(map(min, self.under, other.under))
+            under = _join(min, self.under, other.under)
         return Interval(ends, self.tail, upper, under)
 
     def where(self, mask: np.ndarray, other: "Interval") -> "Interval":
@@ -833,11 +839,8 @@ def _exponential_function(base: float) -> Unary:
 
     def piece(factor: float) -> Piecewise:
         low, high = (0.0, math.inf) if factor >= 0 else (-math.inf, 0.0)
-        return Piecewise(lambda x: factor * np.power(base, x) + 0.0 * (factor == 0),
-                         low=low, high=high)  # fmt: skip
+        return Piecewise(lambda x: factor * np.power(base, x), low=low, high=high)
 
-    if base == 1:
-        return Unary(*(lambda u, c=c: constant(c, u.tail) for c in (1.0, 0.0, 0.0)))
     return Unary(piece(1.0), piece(log), piece(log * log))
 
 
@@ -1082,19 +1085,17 @@ def _compare(op: str):
 
 def _select(run: _Evaluation, which: Truth, no: Jet, yes: Jet) -> Jet:
     both = which.true & which.false
-    size = np.broadcast_shapes(both.shape, no.unsure.shape, yes.unsure.shape)
     parts = [
         y.hull(n).where(both, y.where(which.true, n)) for y, n in zip(yes[:2], no[:2], strict=True)
     ]
     second = entire(run.tail).where(both, yes.second.where(which.true, no.second))
     unsure = np.where(both, True, np.where(which.true, yes.unsure, no.unsure))
-    return Jet(parts[0], parts[1], second, np.broadcast_to(unsure, np.broadcast_shapes(
-        size, unsure.shape)))  # fmt: skip
+    return Jet(parts[0], parts[1], second, unsure)
 
 
 def _add(run: Any, a: Jet, b: Jet) -> Jet:
-    parts = (x + y for x, y in zip(a[:3], b[:3], strict=True))
-    return Jet(*parts, a.unsure | b.unsure)
+    unsure = a.unsure | b.unsure
+    return Jet(a.value + b.value, a.first + b.first, a.second + b.second, unsure)
 
 
 def _negate(run: Any, a: Jet) -> Jet:
@@ -1147,8 +1148,8 @@ def _unary(fn: Unary, run: _Evaluation, u: Jet) -> Jet:
         inside = constant(safe, run.tail).where(outside, u.value)
     jet = _chain(u, *(part(inside) for part in fn[:3]))
     if np.any(outside):
-        parts = (entire(run.tail).where(outside, part) for part in jet[:3])
-        jet = Jet(*parts, jet.unsure)
+        value, first, second = (entire(run.tail).where(outside, part) for part in jet[:3])
+        jet = Jet(value, first, second, jet.unsure)
     # Poles are at the ends of the domain; on their two sides f need not meet.
     edge = (math.isfinite(fn.low) & (low <= fn.low)) | (math.isfinite(fn.high) & (high >= fn.high))
     if np.any(edge):
@@ -1357,7 +1358,7 @@ def _bounded(program: tuple, low: float, high: float, eps: float) -> Slopes:
     if low == high or low >= _TAILS[-1] or high <= -_TAILS[-1]:
         return _at_once(program, low, high)
     edges = _grid(low, high)
-    _check_edges(program, edges, eps)
+    sure = _check_edges(program, edges, eps)
     boxes, slope, value = _examined(program, np.array([edges[:-1], edges[1:]]))
     outer = {"first": (math.inf, -math.inf), "value": (math.inf, -math.inf)}
     kept = np.ones(boxes.x.shape[1], bool)
@@ -1370,12 +1371,14 @@ def _bounded(program: tuple, low: float, high: float, eps: float) -> Slopes:
     for target, gap in (("first", _GAP), ("value", 1e-7)):
         boxes, slope, value = _refined(program, boxes, slope, value, target, outer[target], gap)
     new = np.setdiff1d(boxes.x[0], edges)
-    _check_edges(program, np.concatenate([[edges[0]], new, [edges[-1]]]), eps)
+    sure &= _check_edges(program, np.concatenate([[edges[0]], new, [edges[-1]]]), eps)
     first = boxes.first
     if np.any(boxes.unsure):
         trusted = ~boxes.unsure
         trusted[boxes.unsure] = _small_steps(program, boxes.x[:, boxes.unsure], edges[[0, -1]], eps)
-        first = np.where(trusted, first, np.array([[-np.inf], [np.inf]]))
+        sure &= bool(trusted.all())
+    if not sure:
+        first = np.array([[-np.inf], [np.inf]])
     ends = []
     for name, found in (("first", first), ("value", boxes.value)):
         ends += [min(outer[name][0], found[0].min()), max(outer[name][1], found[1].max())]
@@ -1485,13 +1488,16 @@ def _within_rounding(jet: Jet, x: np.ndarray, eps: float) -> np.ndarray:
     n = x.shape[1]
     slope = np.abs(_full(jet.first, n)).max(0)
     slope = np.where(np.isfinite(slope), slope, 0.0)
-    size = np.abs(_full(jet.value, n)).max(0)
-    size = np.where(np.isfinite(size), size, 0.0)
+    ends = np.abs(_full(jet.value, n))
+    size = np.where(np.isfinite(ends), ends, 0.0).max(0)
     return 4 * max(eps, 2.0**-44) * np.maximum(size, slope * np.abs(x).max(0))
 
 
-def _check_edges(program: tuple, edges: np.ndarray, eps: float) -> None:
-    """Raises Jump where f just left of an edge, on it, and just right of it are apart."""
+def _check_edges(program: tuple, edges: np.ndarray, eps: float) -> bool:
+    """Raises Jump where f just left of an edge, on it, and just right of it are apart.
+
+    Returns whether it could be told everywhere.
+    """
     n = len(edges)
     left = np.array([np.nextafter(edges, -np.inf), edges])
     right = np.array([edges, np.nextafter(edges, np.inf)])
@@ -1499,12 +1505,18 @@ def _check_edges(program: tuple, edges: np.ndarray, eps: float) -> None:
     right[1, -1] = edges[-1]
     x = np.concatenate([left, [edges, edges], right], axis=1)
     jet = _Evaluation(x).run(program)[-1]
-    ends = _full(jet.value, 3 * n).reshape(2, 3, n)
+    value = _full(jet.value, 3 * n)
+    rounding = _within_rounding(jet, x, eps)
+    unsure = np.broadcast_to(jet.unsure, 3 * n)
+    # Beside a pole the values are apart as well, but infinitely steep is what is said of it.
+    ends = np.where(unsure, np.array([[-np.inf], [np.inf]]), value).reshape(2, 3, n)
     apart = ends[0].max(0) - ends[1].min(0)
-    bad = apart > _within_rounding(jet, x, eps).reshape(3, n).max(0)
-    bad &= np.isfinite(ends).all((0, 1))
+    bad = apart > rounding.reshape(3, n).max(0)
     if bad.any():
         raise Jump(f"the function jumps by {apart[bad][0]:.3g} at {edges[bad][0]:.9g}.")
+    # The boxes beside an edge are judged as such; what happens on it alone is judged here.
+    doubt = unsure & ~(value[1] - value[0] <= rounding)
+    return not doubt[n : 2 * n].any()
 
 
 def _small_steps(program: tuple, x: np.ndarray, ends: np.ndarray, eps: float) -> np.ndarray:
