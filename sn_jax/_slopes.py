@@ -21,6 +21,7 @@ _FORMULA = 2.0**-40
 # Where the two tails may begin; beyond the last, float32 holds no number.
 _TAILS = tuple(2.0**k for k in (3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32, 48, 64, 96, 128))
 _MAX = np.finfo(float).max
+_LN2, _LN2_UP = math.log(2.0), 0.6931471805599454
 # Branch and bound stops at this gap, relative to the largest slope seen.
 _GAP = 1e-8
 _BATCH = 256
@@ -229,7 +230,21 @@ class _Program:
             return self.compare(_FLIP.get(op, op), b, a)
         if isinstance(b, float) and not math.isfinite(b):
             return op == "ne" or (op in ("lt", "le") if b > 0 else b < 0 and op in ("gt", "ge"))
+        (base, p), (other, q) = self.multiple(a), self.multiple(b)
+        if isinstance(b, Ref) and base == other:
+            # x > x / 10 is x > 0, which is decided on the tails as well.
+            if p == q:
+                return self.compare(op, 0.0, 0.0)
+            return self.compare(op, base if p > q else self.make_neg(base), 0.0)
         return self.emit(op, a, b)
+
+    def multiple(self, x: Any) -> tuple[Any, float]:
+        """(base, c) where x is c times base."""
+        factors = self.match(x, "mul")
+        if factors is not None and isinstance(factors[1], float) and math.isfinite(factors[1]):
+            return factors[0], factors[1]
+        negated = self.match(x, "neg")
+        return (x, 1.0) if negated is None else (negated[0], -1.0)
 
     def select(self, which: Any, *cases: Any) -> Any:
         if not self.is_bool(which):
@@ -315,16 +330,24 @@ class _Program:
     def make_div(self, a: Any, b: Any) -> Any:
         w = self.one_plus_exp(b)
         if w is not None:
-            inner = self.match(a, "exp")
-            if inner is not None and self.same(inner[0], w):
-                return self.emit("logistic", w)
-            return self.make_mul(a, self.emit("logistic", self.make_neg(w)))
+            below = self.emit("logistic", self.make_neg(w))
+            terms = self.match(a, "add") or (a, 0.0)
+            for exp, sign in ((terms[0], 1.0), ((self.match(terms[0], "neg") or (None,))[0], -1.0)):
+                inner = self.match(exp, "exp")
+                if inner is not None and self.same(inner[0], w) and isinstance(terms[1], float):
+                    # (c + exp w) / (1 + exp w), as tanh is often written.
+                    above = self.make_mul(self.emit("logistic", w), sign)
+                    return self.make_add(above, self.make_mul(below, terms[1]))
+            return self.make_mul(a, below)
         if self.same(b, 1.0):
             return a
         return self.emit("div", a, b)
 
     def make_log(self, x: Any) -> Any:
         w = self.one_plus_exp(x)
+        inner = self.match(x, "cosh")
+        if inner is not None:
+            return self.emit("log_cosh", *inner)
         return self.emit("log", x) if w is None else self.emit("softplus", w)
 
     def make_log1p(self, x: Any) -> Any:
@@ -561,7 +584,7 @@ class Interval:
         upper = under = None
         if self.upper and other.upper:
             upper = _join(max, self.upper, other.upper)
-            upper = upper[0] + 0.6931471805599454, upper[1], upper[2]
+            upper = upper[0] + _LN2_UP, upper[1], upper[2]
         same = (self.low[0] >= 0 and other.low[0] >= 0) or (
             self.high[0] <= 0 and other.high[0] <= 0
         )
@@ -573,7 +596,7 @@ class Interval:
             elif (
                 two.upper is not None and _top(_both(two.upper, one.under, -1.0), self.tail) <= 0.5
             ):
-                new = one.under[0] - 0.6931471805599454, one.under[1], one.under[2]
+                new = one.under[0] - _LN2_UP, one.under[1], one.under[2]
             else:
                 continue
             if under is None or new[1:] > under[1:]:
@@ -776,6 +799,12 @@ def _tanh2(x):
     return -2 * np.tanh(x) * _sech2(x)
 
 
+def _log_cosh(x):
+    # Near zero the three terms would cancel.
+    near = np.log1p(2 * np.sinh(0.5 * np.clip(x, -1, 1)) ** 2)
+    return np.where(np.abs(x) < 1, near, np.abs(x) + (np.log1p(np.exp(-2 * np.abs(x))) - _LN2))
+
+
 def _logistic2(x):
     return -np.tanh(0.5 * x) * _sech2(0.5 * x) / 4
 
@@ -849,19 +878,32 @@ _LOGISTIC = Piecewise(scipy.special.expit, low=0.0, high=1.0, envelope=_decay(1.
 _LOGISTIC1 = Piecewise(lambda x: _sech2(0.5 * x) / 4, (0.0,), 0.0, 0.25, _decay(1.0))
 _LOGISTIC2 = Piecewise(_logistic2, (-math.log(2 + 3**0.5), math.log(2 + 3**0.5)),
                        envelope=_decay(1.0))  # fmt: skip
+_TANH = Piecewise(np.tanh, (), -1.0, 1.0, _below_identity, _LIBRARY)
+_SECH2 = Piecewise(_sech2, (0.0,), 0.0, 1.0, _decay(4.0))
 _THIRD = math.atanh(3**-0.5)
 _BELL = Piecewise(_bell, (0.0,), 0.0, envelope=_decay(2.0))
 _BELL1 = Piecewise(_quiet(lambda x: -2 * x * _bell(x)), (-(0.5**0.5), 0.5**0.5),
                    envelope=_decay(3.0))  # fmt: skip
-_LN2 = math.log(2.0)
 
 
 def _negative(fn: Callable[[Interval], Interval]) -> Callable[[Interval], Interval]:
     return lambda u: -fn(u)
 
 
+def _grow(u: Interval) -> tuple:
+    """exp(|u|) / 4 <= |g(u)| <= exp(|u|) far out, where |u| is about a multiple of y."""
+    rate = _rate(u)
+    under = (-1.4, 0.0, rate) if rate * u.tail > 1 else None
+    if u.upper is None or u.upper[1] > 1 or u.upper[2] > 0:
+        return None, under
+    most = u.upper[0] + (u.upper[1] - 1) * math.log(u.tail)
+    return (0.0, 0.0, math.exp(min(most, 600.0)) * (1 + 1e-12)), under
+
+
 def _cosh_piece(sinh: bool) -> Piecewise:
-    return Piecewise(np.sinh) if sinh else Piecewise(np.cosh, (0.0,), low=1.0)
+    if sinh:
+        return Piecewise(np.sinh, envelope=_grow)
+    return Piecewise(np.cosh, (0.0,), low=1.0, envelope=_grow)
 
 
 def _asin1(x):
@@ -912,12 +954,15 @@ _UNARY: dict[str, Unary] = {
         -1.0,
     ),
     "tanh": Unary(
-        Piecewise(np.tanh, (), -1.0, 1.0, _below_identity, _LIBRARY),
-        Piecewise(_sech2, (0.0,), 0.0, 1.0, _decay(4.0)),
+        _TANH,
+        _SECH2,
         Piecewise(_tanh2, (-_THIRD, _THIRD), envelope=_decay(8.0)),
     ),
     "sinh": Unary(_cosh_piece(True), _cosh_piece(False), _cosh_piece(True)),
     "cosh": Unary(_cosh_piece(False), _cosh_piece(True), _cosh_piece(False)),
+    "log_cosh": Unary(
+        Piecewise(_log_cosh, (0.0,), low=0.0, envelope=_below_identity), _TANH, _SECH2
+    ),
     "tan": Unary(_tan_piece(0), _tan_piece(1), _tan_piece(2)),
     "sin": Unary(_sine(0), _sine(1), _sine(2)),
     "cos": Unary(_sine(1), _sine(2), _sine(3)),
