@@ -117,7 +117,7 @@ def slopes(
         raise ValueError(f"domain must be an interval with low <= high; got {domain}.")
     try:
         eps = float(np.finfo(dtype).eps)
-    except ValueError:
+    except (TypeError, ValueError):
         eps = 2.0**-7  # bfloat16, which NumPy does not know
     program = _Program()
     done: list[Any] = []
@@ -1234,7 +1234,7 @@ def _absolute(run: _Evaluation, u: Jet) -> Jet:
 
 
 def _step(run: _Evaluation, u: Jet, low: np.ndarray, high: np.ndarray) -> Jet:
-    value = Interval(np.array([low, high]), run.tail)
+    value = Interval(np.array(np.broadcast_arrays(low, high)), run.tail)
     undecided = low != high
     zero = constant(0.0, run.tail)
     return Jet(value, zero, entire(run.tail).where(undecided, zero), u.unsure | undecided)
@@ -1409,18 +1409,20 @@ def _bounded(program: tuple, low: float, high: float, eps: float) -> Slopes:
     kept = np.ones(boxes.x.shape[1], bool)
     for side, end in ((-1, low), (1, high)):
         if side * end > _TAILS[-1]:
-            begin, tail = _tail(program, side, end, slope, value)
+            begin, tail = _tail(program, side, (low, high), slope, value)
             kept &= side * boxes.x[(side + 1) // 2] <= begin
             outer = {k: (min(v[0], tail[k][0]), max(v[1], tail[k][1])) for k, v in outer.items()}
     boxes = _Boxes(*(part[..., kept] for part in boxes))
     for target, gap in (("first", _GAP), ("value", 1e-7)):
         boxes, slope, value = _refined(program, boxes, slope, value, target, outer[target], gap)
-    new = np.setdiff1d(boxes.x[0], edges)
-    sure &= _check_edges(program, np.concatenate([[edges[0]], new, [edges[-1]]]), eps)
+    steepest = float(np.abs(boxes.first).max())
+    sure &= _check_edges(program, np.union1d(boxes.x[0], edges), eps, steepest)
     first = boxes.first
     if np.any(boxes.unsure):
         trusted = ~boxes.unsure
-        trusted[boxes.unsure] = _small_steps(program, boxes.x[:, boxes.unsure], edges[[0, -1]], eps)
+        trusted[boxes.unsure] = _small_steps(
+            program, boxes.x[:, boxes.unsure], edges[[0, -1]], eps, steepest
+        )
         sure &= bool(trusted.all())
     if not sure:
         first = np.array([[-np.inf], [np.inf]])
@@ -1449,11 +1451,18 @@ def _on_tail(program: tuple, side: int, begin: float, end: float) -> dict:
 
 
 def _tail(
-    program: tuple, side: int, end: float, slope: np.ndarray, value: np.ndarray
+    program: tuple,
+    side: int,
+    domain: tuple[float, float],
+    slope: np.ndarray,
+    value: np.ndarray,
 ) -> tuple[float, dict]:
     """Where the tail begins and what holds there: as soon as it widens no range."""
+    other, end = domain[::side]
     last = _on_tail(program, side, _TAILS[-1], end)
     for begin in _TAILS[:-1]:
+        if begin <= side * other:
+            continue
         found = _on_tail(program, side, begin, end)
         for name, known, gap in (("first", slope, _GAP), ("value", value, 1e-7)):
             low, high = _reached(known, last[name])
@@ -1525,20 +1534,20 @@ def _refined(
     return boxes, slope, value
 
 
-def _within_rounding(jet: Jet, x: np.ndarray, eps: float) -> np.ndarray:
+def _within_rounding(jet: Jet, x: np.ndarray, eps: float, steepest: float) -> np.ndarray:
     """What a few units of f or of x change: pieces that close are taken to meet.
 
     The units are the program's own, but no finer than the smallest boxes can show.
     """
     n = x.shape[1]
     slope = np.abs(_full(jet.first, n)).max(0)
-    slope = np.where(np.isfinite(slope), slope, 0.0)
+    slope = np.minimum(np.where(np.isfinite(slope), slope, 0.0), steepest)
     ends = np.abs(_full(jet.value, n))
     size = np.where(np.isfinite(ends), ends, 0.0).max(0)
     return 4 * max(eps, 2.0**-44) * np.maximum(size, slope * np.abs(x).max(0))
 
 
-def _check_edges(program: tuple, edges: np.ndarray, eps: float) -> bool:
+def _check_edges(program: tuple, edges: np.ndarray, eps: float, steepest: float = math.inf) -> bool:
     """Raises Jump where f just left of an edge, on it, and just right of it are apart.
 
     Returns whether it could be told everywhere.
@@ -1551,7 +1560,7 @@ def _check_edges(program: tuple, edges: np.ndarray, eps: float) -> bool:
     x = np.concatenate([left, [edges, edges], right], axis=1)
     jet = _Evaluation(x).run(program)[-1]
     value = _full(jet.value, 3 * n)
-    rounding = _within_rounding(jet, x, eps)
+    rounding = _within_rounding(jet, x, eps, steepest)
     unsure = np.broadcast_to(jet.unsure, 3 * n)
     # Beside a pole the values are apart as well, but infinitely steep is what is said of it.
     ends = np.where(unsure, np.array([[-np.inf], [np.inf]]), value).reshape(2, 3, n)
@@ -1564,12 +1573,14 @@ def _check_edges(program: tuple, edges: np.ndarray, eps: float) -> bool:
     return not doubt[n : 2 * n].any()
 
 
-def _small_steps(program: tuple, x: np.ndarray, ends: np.ndarray, eps: float) -> np.ndarray:
+def _small_steps(
+    program: tuple, x: np.ndarray, ends: np.ndarray, eps: float, steepest: float
+) -> np.ndarray:
     """Whether f varies by rounding only in each of the boxes x where a select is undecided."""
     n = x.shape[1]
     jet = _Evaluation(x).run(program)[-1]
     value, first = _full(jet.value, n), _full(jet.first, n)
-    small = value[1] - value[0] <= _within_rounding(jet, x, eps)
+    small = value[1] - value[0] <= _within_rounding(jet, x, eps, steepest)
     size = np.abs(x).max(0)
     # A few floats away the predicate is decided, where on the box itself rounding hides it.
     around = x + np.array([[-1.0], [1.0]]) * size * 2.0**-44
@@ -1580,7 +1591,7 @@ def _small_steps(program: tuple, x: np.ndarray, ends: np.ndarray, eps: float) ->
     # What a steep slope does over so short a way is no jump.
     way = 4 * np.abs(first).max(0) * (around[1] - around[0])
     jumps = ~small & (x[1] - x[0] <= 1e-12 * size)
-    jumps &= apart > np.maximum(way, _within_rounding(jet, x, eps))
+    jumps &= apart > np.maximum(way, _within_rounding(jet, x, eps, steepest))
     if jumps.any():
         at = x[0][jumps][0]
         raise Jump(f"the function jumps by {apart[jumps][0]:.3g} near {at:.9g}.")
