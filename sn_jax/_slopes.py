@@ -25,7 +25,7 @@ _LN2, _LN2_UP = math.log(2.0), 0.6931471805599454
 # Branch and bound stops at this gap, relative to the largest slope seen.
 _GAP = 1e-8
 _BATCH = 256
-_MOST_BOXES = 10_000
+_MOST_BOXES = 20_000
 _MOST_ROUNDS = 200
 
 Number = int | float
@@ -525,14 +525,43 @@ def _both(a: _Envelope, b: _Envelope, sign: float = 1.0) -> _Envelope:
     return a[0] + sign * b[0], a[1] + sign * b[1], a[2] + sign * b[2]
 
 
+# (p, ends (2, 1)): y^p times a number between the ends.
+_Lead = tuple[float, np.ndarray]
+
+
+def _growth(p: float, tail: float) -> np.ndarray:
+    """The least and the largest of y^p for y >= tail, as an interval (2, 1)."""
+    if p == 0:
+        return np.ones((2, 1))
+    begin = math.exp(min(p * math.log(tail), 709.0))
+    margin = 1e-12 * (1 + abs(p) * math.log(tail))
+    ends = (begin * (1 - margin), math.inf) if p > 0 else (0.0, begin * (1 + margin) + 5e-324)
+    return np.array(ends)[:, None]
+
+
+def _spread(lead: _Lead, tail: float) -> np.ndarray:
+    return _times(lead[1], _growth(lead[0], tail))
+
+
+def _aligned(a: _Lead, b: _Lead, tail: float) -> tuple[float, np.ndarray, np.ndarray]:
+    """The faster of two growths, and what stands before it in each."""
+    p = max(a[0], b[0])
+    first, second = (_times(c, _growth(q - p, tail)) for q, c in (a, b))
+    return p, first, second
+
+
 def _join(pick: Callable[[float, float], float], a: _Envelope, b: _Envelope) -> _Envelope:
     return pick(a[0], b[0]), pick(a[1], b[1]), pick(a[2], b[2])
 
 
 class Interval:
-    """Closed intervals: ends (2, n); on a tail |x| >= ``tail`` > 0, n = 1, also envelopes."""
+    """Closed intervals: ends (2, n); on a tail |x| >= ``tail`` > 0, n = 1, also envelopes.
 
-    __slots__ = ("ends", "tail", "under", "upper")
+    ``lead`` (p, c) says that the values are ``y^p`` times numbers in the interval c: what the
+    leading terms of two parts cancel, envelopes of magnitudes cannot know.
+    """
+
+    __slots__ = ("ends", "lead", "tail", "under", "upper")
 
     def __init__(
         self,
@@ -540,15 +569,21 @@ class Interval:
         tail: float = 0.0,
         upper: _Envelope | None = None,
         under: _Envelope | None = None,
+        lead: _Lead | None = None,
     ):
-        self.ends, self.tail, self.upper, self.under = ends, tail, upper, under
+        self.ends, self.tail, self.upper, self.under, self.lead = ends, tail, upper, under, lead
         if not tail:
             return
+        if lead is not None:
+            ends = _meet(ends, _spread(lead, tail))
+            self.ends = ends
         low, high = float(ends[0, 0]), float(ends[1, 0])
         if upper is not None and (top := _top(upper, tail)) < math.inf:
             low, high = max(low, -top), min(high, top)
             self.ends = np.array([[low], [high]])
         largest = max(abs(low), abs(high))
+        if largest < math.inf and (lead is None or lead[0] >= 0):
+            self.lead = (0.0, self.ends)
         if largest < math.inf and (upper is None or (upper[2], upper[1]) > (0.0, 0.0)):
             self.upper = (_log_up(largest), 0.0, 0.0)
         if low > 0 or high < 0:
@@ -571,7 +606,8 @@ class Interval:
         return self.ends.shape[1] == 1 and not self.ends.any()
 
     def __neg__(self) -> "Interval":
-        return Interval(-self.ends[::-1], self.tail, self.upper, self.under)
+        lead = self.lead and (self.lead[0], -self.lead[1][::-1])
+        return Interval(-self.ends[::-1], self.tail, self.upper, self.under, lead)
 
     def __add__(self, other: "Interval") -> "Interval":
         if self.zero:
@@ -601,7 +637,11 @@ class Interval:
                 continue
             if under is None or new[1:] > under[1:]:
                 under = new
-        return Interval(ends, self.tail, upper, under)
+        lead = None
+        if self.lead and other.lead:
+            p, a, b = _aligned(self.lead, other.lead, self.tail)
+            lead = p, _sum(a, b)
+        return Interval(ends, self.tail, upper, under, lead)
 
     def __sub__(self, other: "Interval") -> "Interval":
         return self + -other
@@ -614,7 +654,10 @@ class Interval:
             return Interval(ends)
         upper = _both(self.upper, other.upper) if self.upper and other.upper else None
         under = _both(self.under, other.under) if self.under and other.under else None
-        return Interval(ends, self.tail, upper, under)
+        lead = None
+        if self.lead and other.lead:
+            lead = self.lead[0] + other.lead[0], _times(self.lead[1], other.lead[1])
+        return Interval(ends, self.tail, upper, under, lead)
 
     def __truediv__(self, other: "Interval") -> "Interval":
         ends = _over(self.ends, other.ends)
@@ -622,7 +665,10 @@ class Interval:
             return Interval(ends)
         upper = _both(self.upper, other.under, -1.0) if self.upper and other.under else None
         under = _both(self.under, other.upper, -1.0) if self.under and other.upper else None
-        return Interval(ends, self.tail, upper, under)
+        lead = None
+        if self.lead and other.lead and (other.lead[1][0, 0] > 0 or other.lead[1][1, 0] < 0):
+            lead = self.lead[0] - other.lead[0], _over(self.lead[1], other.lead[1])
+        return Interval(ends, self.tail, upper, under, lead)
 
     def __pow__(self, n: int) -> "Interval":
         if n < 0:
@@ -631,7 +677,8 @@ class Interval:
             return constant(1.0, self.tail)
         ends = _power(self.ends, n)
         upper, under = (e and (n * e[0], n * e[1], n * e[2]) for e in (self.upper, self.under))
-        return Interval(ends, self.tail, upper, under)
+        lead = self.lead and (n * self.lead[0], _power(self.lead[1], n))
+        return Interval(ends, self.tail, upper, under, lead)
 
     def hull(self, other: "Interval") -> "Interval":
         ends = np.array([np.minimum(self.low, other.low), np.maximum(self.high, other.high)])
@@ -642,7 +689,11 @@ class Interval:
             upper = other.upper if self.zero else self.upper
         if self.under and other.under:
             under = _join(min, self.under, other.under)
-        return Interval(ends, self.tail, upper, under)
+        lead = None
+        if self.lead and other.lead:
+            p, a, b = _aligned(self.lead, other.lead, self.tail)
+            lead = p, np.array([np.minimum(a[0], b[0]), np.maximum(a[1], b[1])])
+        return Interval(ends, self.tail, upper, under, lead)
 
     def where(self, mask: np.ndarray, other: "Interval") -> "Interval":
         if self.tail:
@@ -708,8 +759,7 @@ class Piecewise(NamedTuple):
         ends = np.array([np.maximum(low, self.low), np.minimum(high, self.high)])
         ends[0][np.isnan(ends[0])] = -np.inf
         ends[1][np.isnan(ends[1])] = np.inf
-        upper, under = self.envelope(u) if u.tail and self.envelope is not None else (None, None)
-        return Interval(ends, u.tail, upper, under)
+        return Interval(ends, u.tail, *(self.envelope(u) if u.tail and self.envelope else ()))
 
 
 class Unary(NamedTuple):
@@ -747,13 +797,19 @@ def _scaled(envelope: _Envelope | None, q: float, log_c: float) -> _Envelope | N
 
 
 def _like_power(q: float, factor: float = 1.0, exact: bool = False):
-    """|g(u)| <= factor |u|^q, with equality if exact."""
-    log_c = math.log(factor) if factor else -1e300
+    """|g(u)| <= |factor| |u|^q, with equality if exact: g(u) = factor u^q for u > 0."""
+    log_c = math.log(abs(factor)) if factor else -1e300
 
     def envelope(u):
         one, two = (u.upper, u.under) if q > 0 else (u.under, u.upper)
         upper = _scaled(one, q, log_c + 1e-15)
-        return upper, _scaled(two, q, log_c - 1e-15) if exact else None
+        if not exact:
+            return upper, None
+        lead = None
+        if u.lead is not None and u.lead[1][0, 0] > 0:
+            c = np.sort(factor * np.power(u.lead[1], q), axis=0)
+            lead = q * u.lead[0], c + np.array([[-1e-12], [1e-12]]) * np.abs(c)
+        return upper, _scaled(two, q, log_c - 1e-15), lead
 
     return envelope
 
@@ -858,7 +914,7 @@ def _cubic_root_second(u: Interval) -> Interval:
 def _power_function(c: float) -> Unary:
     def piece(factor: float, q: float) -> Piecewise:
         at = _quiet(lambda x: factor * np.power(x, q))
-        return Piecewise(at, envelope=_like_power(q, abs(factor), True))
+        return Piecewise(at, envelope=_like_power(q, factor, True))
 
     return Unary(piece(1.0, c), piece(c, c - 1), piece(c * (c - 1), c - 2), 0.0)
 
@@ -1066,7 +1122,8 @@ class _Evaluation:
         zero = constant(0.0, self.tail)
         one = constant(-1.0 if tail and side < 0 else 1.0, tail)
         envelope = (0.0, 1.0, 0.0) if self.tail else None
-        self.x = Jet(Interval(boxes, self.tail, envelope, envelope), one, zero, _NOWHERE)
+        lead = (1.0, one.ends) if self.tail else None
+        self.x = Jet(Interval(boxes, self.tail, envelope, envelope, lead), one, zero, _NOWHERE)
         # (undecided, where Newton's step leads) of every kink
         self.kinks: list[tuple[np.ndarray, np.ndarray]] = []
 
@@ -1212,7 +1269,7 @@ def _maximum(run: _Evaluation, a: Jet, b: Jet) -> Jet:
     value = Interval(np.maximum(a.value.ends, b.value.ends))
     if run.tail:
         hull = a.value.hull(b.value)
-        value = Interval(value.ends, run.tail, hull.upper, hull.under)
+        value = Interval(value.ends, run.tail, hull.upper, hull.under, hull.lead)
     value = value.where(both, a.value.where(first, b.value))
     slope = a.first.hull(b.first).where(both, a.first.where(first, b.first))
     bend = entire(run.tail).where(both, a.second.where(first, b.second))
@@ -1229,7 +1286,9 @@ def _absolute(run: _Evaluation, u: Jet) -> Jet:
     around = (u.value.low < 0) & (u.value.high > 0)
     low = np.where(around, 0.0, jet.value.low)
     value = jet.value
-    value = Interval(np.array([low, value.high]), run.tail, u.value.upper, u.value.under)
+    value = Interval(
+        np.array([low, value.high]), run.tail, u.value.upper, u.value.under, value.lead
+    )
     return jet._replace(value=value)
 
 

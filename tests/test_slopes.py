@@ -105,6 +105,16 @@ def test_known_slopes(name):
     np.testing.assert_allclose(found[:2], (low, high), rtol=1e-7, atol=1e-7)
 
 
+def test_what_leading_terms_cancel_is_finite():
+    def rational(x):
+        return (x**3 + 2 * x) / (1 + x * x)
+
+    # 1 + (1 - x^2) / (1 + x^2)^2: from 1 - 1/8, where x^2 = 3, to 2.
+    np.testing.assert_allclose(of(rational)[:2], (0.875, 2), rtol=1e-3)
+    root = of(lambda x: x * jax.lax.rsqrt(1 + x * x))
+    np.testing.assert_allclose(root, (0, 1, -1, 1), atol=1e-6)
+
+
 def test_values_are_bounded_too():
     for fn, low, high in [
         (jnp.tanh, -1, 1),
