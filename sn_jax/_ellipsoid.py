@@ -16,7 +16,7 @@ import numpy as np
 from sn_jax._symbols import UNIT, gamma
 
 # Floating-point operations spent in the search, and the factors tried.
-_EFFORT = 2e10
+_EFFORT = 4e9
 _THETAS = (1.0, 0.5, 0.25, 0.1, 0.03, 2.0, 4.0)
 
 

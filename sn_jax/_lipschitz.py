@@ -69,8 +69,9 @@ class LipschitzBound:
 
     def __str__(self) -> str:
         rows = [("where", "what", "factor", "up to here")]
-        rows += [(op.where, op.what, _number(math.log(op.factor) if op.factor > 0 else -math.inf)
-                  if op.factor == op.factor else "", _number(op.log_bound)) for op in self.ops]  # fmt: skip
+        for op in self.ops:
+            factor = "" if math.isnan(op.factor) else _number(_log(op.factor))
+            rows.append((op.where, op.what, factor, _number(op.log_bound)))
         widths = [max(len(row[i]) for row in rows) for i in range(4)]
         lines = [
             f"{a:<{widths[0]}}  {b:<{widths[1]}}  {c:>{widths[2]}}  {d:>{widths[3]}}"
@@ -333,7 +334,7 @@ class _Bounds:
             else:
                 try:
                     if name == "shift":
-                        runs["shift"], blocks, forms = self.shift()
+                        runs["shift"], blocks = self.shift()
                     elif "shift" in runs:
                         runs[name] = self.ellipsoid(blocks, runs["shift"][1])  # type: ignore
                 except _TooLargeError:
@@ -463,7 +464,7 @@ class _Bounds:
         if not live:
             return -math.inf
         top = max(p for _, _, p in live)
-        scale = [math.exp(min(l - top, 700.0)) for _, l, _ in live]
+        scale = [math.exp(min(log - top, 700.0)) for _, log, _ in live]
         if not all(map(math.isfinite, scale)):
             return math.inf
         blocks = [m.matrix * s for (m, _, _), s in zip(live, scale, strict=True)]
@@ -500,10 +501,8 @@ class _Bounds:
         forms = _Forms()
         try:
             others = [a for a in self.reached(rows) if a is not total]
-            for a in {total, z, *others} - ({z} if z in others else set()):
+            for a in {total, z, *others}:
                 forms.seed(a)
-            if z in others:
-                others.remove(z)
             maps = forms.maps(rows)
         except _TooLargeError:
             return math.inf
@@ -539,7 +538,7 @@ class _Bounds:
     # Domains over all directions at once.
 
     def shift(self):
-        """((bound, table), blocks, forms) of constants for the rests of shifted sources."""
+        """((bound, table), blocks for the ellipsoid), by constants of the rests of sources."""
         directions = self.graph.x.size + sum(s.node.size for s in self.sources)
         infinite = any(row.is_infinite for s in self.sources for row in s.rows.rows)
         if infinite or directions > _MOST_DIRECTIONS:
@@ -571,7 +570,7 @@ class _Bounds:
                           _largest(rows), logs[key]))  # fmt: skip
         log, block = self._rest(forms, self.outputs, logs, None)
         ops.append(Op("", "output", math.nan, log))
-        return (log, ops), [*blocks, block], forms
+        return (log, ops), [*blocks, block]
 
     def _rest(self, forms: _Forms, rows: Rows, logs, key) -> tuple[float, Block]:
         groups = [(row,) for row in rows.rows] if rows.added else [rows.rows]
