@@ -250,6 +250,37 @@ def test_unknown_primitives_are_named():
         of(jnp.tanh, (1.0, 0.0))
 
 
+# Primitives ---------------------------------------------------------------------------------------
+
+INNER = {"softplus": jax.nn.softplus, "log_cosh": lambda x: jnp.log(jnp.cosh(x))}
+
+
+@pytest.mark.parametrize("op", sorted(_slopes._UNARY))
+def test_jets_hold_the_derivatives(op):
+    """f, f' and f'' as JAX has them, inside of the intervals of boxes wide and narrow."""
+    fn = INNER.get(op) or getattr(jax.lax, f"{op}_p").bind
+    if op in ("tan", "exp2", "logistic", "cbrt", "rsqrt", "sqrt", "exp", "log", "log1p", "tanh",
+              "sin", "cos", "expm1"):  # fmt: skip
+        fn = getattr(jax.lax, op)
+    rule = _slopes._UNARY[op]
+    rng = np.random.default_rng(0)
+    low, high = max(rule.low, -30.0), min(rule.high, 30.0)
+    x = np.concatenate([rng.uniform(low, high, 200), np.clip(rng.normal(size=200), low, high)])
+    x = x[(x > low) & (x < high)]
+    width = 10.0 ** rng.uniform(-12, 1, x.size)
+    boxes = np.array([np.maximum(x - width, low), np.minimum(x + rng.random(x.size) * width, high)])
+    with np.errstate(all="ignore"):
+        jet = _slopes._Evaluation(boxes).run((("var", (), None), (op, (Ref(0),), None)))[-1]
+    first = jax.grad(fn)
+    for part, exact in zip(jet[:3], (fn, first, jax.grad(first)), strict=True):
+        y = np.asarray(jax.vmap(exact)(x))
+        slack = 1e-9 * np.abs(y) + 1e-11
+        assert np.all((part.low <= y + slack) & (y - slack <= part.high))
+        # And they are not merely infinite: narrow boxes are narrow.
+        narrow = (width < 1e-9) & (np.abs(y) < 1e3) & (np.abs(x) > 1e-3)
+        assert np.all((part.high - part.low)[narrow] < 1e-2)
+
+
 # Random programs ---------------------------------------------------------------------------------
 
 UNARY = {
