@@ -242,6 +242,17 @@ def test_stop_gradient_is_the_identity_for_the_function():
     assert of(lambda x: x + jax.lax.stop_gradient(x))[:2] == (2, 2)
 
 
+def test_constants_and_shared_structure():
+    assert slopes([Node("var"), Node("mul", (Ref(0), 0.0))]) == (0, 0, 0, 0)
+    assert of(lambda x: x - x + 2.5)[:2] == (0, 0)
+    of(lambda x: jnp.tanh(x) * jax.nn.sigmoid(x))
+    before = _slopes._bounded.cache_info()
+    # An affine map before it is the same function of another variable.
+    of(lambda x: jnp.tanh(3 * x + 1) * jax.nn.sigmoid(3 * x + 1))
+    after = _slopes._bounded.cache_info()
+    assert (after.hits, after.misses) == (before.hits + 1, before.misses)
+
+
 def test_unknown_primitives_are_named():
     with pytest.raises(Unknown, match="lgamma") as error:
         of(jax.lax.lgamma)
