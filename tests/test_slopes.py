@@ -242,6 +242,24 @@ def test_stop_gradient_is_the_identity_for_the_function():
     assert of(lambda x: x + jax.lax.stop_gradient(x))[:2] == (2, 2)
 
 
+@pytest.mark.parametrize(
+    "fn",
+    [
+        lambda x: jnp.where((x > -1) & (x < 1), x, jnp.sign(x)),
+        lambda x: jnp.where((x <= -1) | (x >= 1), jnp.sign(x), x),
+        lambda x: jnp.where(~(abs(x) >= 1), x, jnp.sign(x)),
+        lambda x: jnp.where((x > -1) ^ (x >= 1), x, jnp.sign(x)),
+        lambda x: jnp.where((x > -1) == (x < 1), x, jnp.sign(x)),
+        lambda x: jnp.where(jnp.where(x > 0, x < 1, x > -1), x, jnp.sign(x)),
+        lambda x: jax.lax.clamp(jnp.float32(-1), x, jnp.float32(1)),
+        lambda x: jnp.minimum(jnp.maximum(jnp.nan_to_num(x), -1), 1),
+        lambda x: jnp.clip(x, -1, 1) * jnp.isfinite(x) + 0 * (x > 3),
+    ],
+)
+def test_predicates_combine(fn):
+    assert of(fn) == (0, 1, -1, 1)
+
+
 def test_constants_and_shared_structure():
     assert slopes([Node("var"), Node("mul", (Ref(0), 0.0))]) == (0, 0, 0, 0)
     assert of(lambda x: x - x + 2.5)[:2] == (0, 0)
@@ -384,6 +402,29 @@ def check_quotients(nodes, domain, seed):
     assert np.all(quotient >= bound.low - slack)
     assert np.all(quotient <= bound.high + slack)
     return math.isfinite(bound.low) and math.isfinite(bound.high)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.sampled_from(["tanh", "exp", "atan", "asinh", "square", "cos", "logistic", "cbrt"]),
+    st.sampled_from(["gt", "ge", "lt", "le", "eq", "ne"]),
+    st.floats(-3, 3).filter(lambda x: abs(x) > 1e-3),
+    st.floats(0.01, 3),
+    st.booleans(),
+)
+def test_no_jump_is_missed(op, compare, at, size, finite):
+    """Wherever a predicate turns, two pieces that differ by more than rounding are noticed."""
+    level = float(UNARY[op](np.float64(at)))
+    nodes = [Node("var"), Node(op, (Ref(0),)), Node(compare, (Ref(1), level)),
+             Node("tanh", (Ref(0),)), Node("add", (Ref(3), size)),
+             Node("select_n", (Ref(2), Ref(3), Ref(4)))]  # fmt: skip
+    domain = (at - 1.0, at + 1.5) if finite else (-inf, inf)
+    try:
+        found = slopes(nodes, domain)
+    except Jump:
+        return
+    # A single point may be beyond telling: then nothing is claimed.
+    assert found[:2] == (-inf, inf)
 
 
 DOMAINS = st.just((-inf, inf)) | st.tuples(
