@@ -1638,8 +1638,8 @@ def _small_steps(
     value, first = _full(jet.value, n), _full(jet.first, n)
     small = value[1] - value[0] <= _within_rounding(jet, x, eps, steepest)
     size = np.abs(x).max(0)
-    # A few floats away the predicate is decided, where on the box itself rounding hides it.
-    around = x + np.array([[-1.0], [1.0]]) * size * 2.0**-44
+    # A little further away the predicate is decided, where on the box itself rounding hides it.
+    around = x + np.array([[-1.0], [1.0]]) * size * 2.0**-34
     around = np.clip(around, *ends)
     points = _Evaluation(around.reshape(1, -1).repeat(2, 0)).run(program)[-1].value
     left, right = _full(points, 2 * n)[:, :n], _full(points, 2 * n)[:, n:]
