@@ -1152,10 +1152,6 @@ class _Evaluation:
         return self.open & ((slope.low > 0) | (slope.high < 0)) & ~difference.unsure
 
 
-def _less(a: Jet, b: Jet) -> Jet:
-    return _subtract(None, a, b)
-
-
 def _ends(a: Jet) -> tuple[np.ndarray, np.ndarray]:
     """No real number is infinite."""
     return np.maximum(a.value.low, -_MAX), np.minimum(a.value.high, _MAX)
@@ -1163,7 +1159,7 @@ def _ends(a: Jet) -> tuple[np.ndarray, np.ndarray]:
 
 def _compare(op: str):
     def rule(run: _Evaluation, a: Jet, b: Jet) -> Truth:
-        difference = _less(a, b)
+        difference = _subtract(run, a, b)
         moving = run.moving(difference)
         (a0, a1), (b0, b1) = _ends(a), _ends(b)
         if op in ("eq", "ne"):
@@ -1265,7 +1261,7 @@ def _maximum(run: _Evaluation, a: Jet, b: Jet) -> Jet:
     first, second = a0 >= b1, b0 >= a1
     both = ~(first | second)
     if np.any(both):
-        run.kink(both, _less(a, b))
+        run.kink(both, _subtract(run, a, b))
     value = Interval(np.maximum(a.value.ends, b.value.ends))
     if run.tail:
         hull = a.value.hull(b.value)
@@ -1448,9 +1444,10 @@ def _examined(program: tuple, x: np.ndarray) -> tuple[_Boxes, np.ndarray, np.nda
 
 
 def _grid(low: float, high: float) -> np.ndarray:
-    powers = 2.0 ** np.arange(-1, 129)
+    """Edges of the first boxes, one beyond where the last tail begins."""
+    powers = 2.0 ** np.arange(-1, 130)
     points = np.concatenate([-powers[::-1], [0.0], powers])
-    ends = [max(low, -_TAILS[-1]), min(high, _TAILS[-1])]
+    ends = [max(low, points[0]), min(high, points[-1])]
     inside = points[(points > ends[0]) & (points < ends[1])]
     return np.concatenate([[ends[0]], inside, [ends[1]]])
 
@@ -1641,8 +1638,8 @@ def _small_steps(
     value, first = _full(jet.value, n), _full(jet.first, n)
     small = value[1] - value[0] <= _within_rounding(jet, x, eps, steepest)
     size = np.abs(x).max(0)
-    # A few floats away the predicate is decided, where on the box itself rounding hides it.
-    around = x + np.array([[-1.0], [1.0]]) * size * 2.0**-44
+    # A little further away the predicate is decided, where on the box itself rounding hides it.
+    around = x + np.array([[-1.0], [1.0]]) * size * 2.0**-34
     around = np.clip(around, *ends)
     points = _Evaluation(around.reshape(1, -1).repeat(2, 0)).run(program)[-1].value
     left, right = _full(points, 2 * n)[:, :n], _full(points, 2 * n)[:, n:]
