@@ -30,6 +30,9 @@ if TYPE_CHECKING:  # on first use, by __getattr__
     from sn_jax import nnx as nnx
     from sn_jax import testing as testing
     from sn_jax import transforms as transforms
+    from sn_jax._lipschitz import LipschitzBound as LipschitzBound
+    from sn_jax._lipschitz import lipschitz_bound as lipschitz_bound
+    from sn_jax._lipschitz import register_lipschitz as register_lipschitz
     from sn_jax._norms import Bounds as Bounds
     from sn_jax._norms import GramResult as GramResult
     from sn_jax._norms import gram_iteration as gram_iteration
@@ -43,6 +46,7 @@ __all__ = [
     "Conv",
     "GramResult",
     "Linear",
+    "LipschitzBound",
     "Matrix",
     "PowerResult",
     "Rules",
@@ -53,8 +57,10 @@ __all__ = [
     "calibrate",
     "gram_iteration",
     "init",
+    "lipschitz_bound",
     "norm_bounds",
     "power_iteration",
+    "register_lipschitz",
     "residuals",
     "spectral_norm",
     "spectral_normalize",
@@ -64,14 +70,19 @@ __all__ = [
 
 # What would load SciPy, Flax or optax.
 _MODULES = ("convert", "linen", "nnx", "testing", "transforms")
-_NORMS = ("Bounds", "GramResult", "gram_iteration", "norm_bounds", "spectral_norm")
+_LATER = {
+    **dict.fromkeys(("LipschitzBound", "lipschitz_bound", "register_lipschitz"), "_lipschitz"),
+    **dict.fromkeys(
+        ("Bounds", "GramResult", "gram_iteration", "norm_bounds", "spectral_norm"), "_norms"
+    ),
+}
 
 
 def __getattr__(name: str):
     if name in _MODULES:
         return importlib.import_module(f"sn_jax.{name}")
-    if name in _NORMS:
-        value = getattr(importlib.import_module("sn_jax._norms"), name)
+    if name in _LATER:
+        value = getattr(importlib.import_module(f"sn_jax.{_LATER[name]}"), name)
         globals()[name] = value
         return value
     raise AttributeError(f"module 'sn_jax' has no attribute {name!r}")

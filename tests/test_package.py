@@ -21,10 +21,10 @@ FLOORS = [
     {"_mesh", "_slopes"},
     {"_views"},
     {"_attack", "_operator", "_serial", "_symbols", "_trace", "_nnx"},
-    {"_rules", "_power", "_norms"},
-    {"_core"},
-    {"_flax", "transforms", "convert", "testing"},
-    {"linen", "nnx"},
+    {"_rules", "_power", "_norms", "_pieces", "_ellipsoid"},
+    {"_core", "_patterns", "_sources", "_operation_norms"},
+    {"_flax", "transforms", "convert", "testing", "_graph"},
+    {"linen", "nnx", "_lipschitz"},
     {"__init__"},
 ]
 PUBLIC = [getattr(sn_jax, name) for name in sn_jax.__all__ if name not in ("State", "Rules")]
