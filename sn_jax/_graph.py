@@ -6,6 +6,7 @@ are applied (``x + 0``, ``x != x``). Combinations that are known only together (
 groups) are recognized by ``_patterns`` as the operations come in.
 """
 
+import inspect
 import math
 import traceback
 from collections.abc import Callable, Sequence
@@ -24,6 +25,8 @@ Value = Operation | Constant
 
 # Loops are unrolled up to this many equations in all.
 UNROLLED = 4000
+# Longer ones are bounded step by step, up to this many.
+_LONGEST = 20_000
 
 _OWN = {
     "add": jax.lax.add_p, "broadcast_in_dim": jax.lax.broadcast_in_dim_p, "div": jax.lax.div_p,
@@ -79,9 +82,13 @@ def graph_of(fn: Callable[..., Any], x: Any, platform: int = 0) -> Graph:
         out = fn(treedef.unflatten([*leaves[:place], array, *leaves[place + 1 :]]))
         return [leaf for leaf in jax.tree_util.tree_leaves(out) if leaf is not None]
 
-    closed = jax.make_jaxpr(of_array)(jax.ShapeDtypeStruct(array.shape, array.dtype))
+    dtype = jax.dtypes.canonicalize_dtype(array.dtype)
+    closed = jax.make_jaxpr(of_array)(jax.ShapeDtypeStruct(array.shape, dtype))
     builder = Builder(platform)
-    x = Operation("x", (), {}, array.shape, array.dtype, "")
+    code = getattr(inspect.unwrap(fn), "__code__", None)
+    if code is not None:  # where a line is not known
+        builder.here = f"{code.co_filename.rsplit('/', 1)[-1]}:{code.co_firstlineno}"
+    x = Operation("x", (), {}, array.shape, dtype, builder.here)
     outputs = builder.program(closed, [x])
     varying = [y for y in outputs if isinstance(y, Operation)]
     for y in varying:
@@ -265,10 +272,7 @@ class Builder:
         xs = inputs[n_consts + n_carry :]
         size = length * _size(body.jaxpr)
         if size > self.budget:
-            raise ValueError(
-                f"{self.here}: a scan of {length} steps, {size} equations unrolled, more than "
-                f"the {self.budget} that are left."
-            )
+            return self.long_scan(eqn, consts, list(carry), xs)
         self.budget -= size
         steps = range(length)[::-1] if eqn.params["reverse"] else range(length)
         stacked: list[list[Value]] = []
@@ -283,6 +287,86 @@ class Builder:
               for values, out in zip(zip(*stacked, strict=True), eqn.outvars[n_carry:],
                                      strict=True)]  # fmt: skip
         return [*carry, *ys]
+
+    def long_scan(self, eqn, consts, carry: list[Value], xs) -> list[Value]:
+        """Outputs of a loop that is bounded step by step: operations "loop" of what enters it.
+
+        Each step is a program of two vectors, the varying part of its carry and all else that
+        depends on x. Steps that do the same have the same operations as outputs.
+        """
+        body, length = eqn.params["jaxpr"], eqn.params["length"]
+        if length > _LONGEST:
+            raise ValueError(f"{self.here}: a scan of {length} steps; at most {_LONGEST}.")
+        order = range(length)[::-1] if eqn.params["reverse"] else range(length)
+        varying = [isinstance(c, Operation) for c in carry]
+        rest = [a for a in (*consts, *xs) if isinstance(a, Operation)]
+        n_consts = len(consts)
+        while True:
+            state, bodies = list(carry), []
+            avals = [var.aval for var in body.jaxpr.invars]
+            inner = avals[n_consts : n_consts + len(carry)]
+            c, parts = self._vector("carry", inner, varying)
+            others = [isinstance(a, Operation) for a in (*consts, *xs)]
+            r, given = self._vector("rest", [*avals[:n_consts], *avals[n_consts + len(carry) :]],
+                                    others)  # fmt: skip
+            for i in order:
+                fixed = [
+                    *consts,
+                    *(x if isinstance(x, Operation) else self._step(x, i) for x in xs),
+                ]
+                values = [g if v else f for g, v, f in zip(given, others, fixed, strict=True)]
+                now = [p if v else x for p, v, x in zip(parts, varying, state, strict=True)]
+                out = self.program(body, [*values[:n_consts], *now, *values[n_consts:]])
+                state = out[: len(carry)]
+                bodies.append(out)
+                grown = [v or isinstance(x, Operation) for v, x in zip(varying, state, strict=True)]
+                if grown != varying:
+                    break
+            else:
+                break
+            varying = grown
+        steps = tuple(
+            (
+                tuple(
+                    x for x, v in zip(out, varying, strict=False) if v and isinstance(x, Operation)
+                ),
+                tuple(x for x in out[len(carry) :] if isinstance(x, Operation)),
+            )
+            for out in bodies
+        )
+        starts = [x for x, v in zip(carry, varying, strict=True) if v and isinstance(x, Operation)]
+        loop = {"steps": steps, "carry": c, "rest": r, "starts": len(starts)}
+        outputs: list[Value] = []
+        for i, var in enumerate(eqn.outvars):
+            if i < len(carry) and not varying[i]:
+                outputs.append(state[i])
+                continue
+            ys = [out[i] for out in bodies]
+            if i >= len(carry) and all(isinstance(y, Constant) for y in ys):
+                ys = ys[::-1] if eqn.params["reverse"] else ys
+                outputs.append(self._stack(ys, var.aval, self.here))
+                continue
+            params = {**loop, "is_carry": i < len(carry)}
+            outputs.append(self.operation("loop", [*starts, *rest], params, var.aval.shape,
+                                          var.aval.dtype, self.here, out=i))  # fmt: skip
+        return outputs
+
+    def _vector(self, name: str, avals, wanted) -> tuple[Operation, list[Value | None]]:
+        """(a variable that holds all wanted arrays, these as parts of it)."""
+        avals = [aval if w else None for aval, w in zip(avals, wanted, strict=True)]
+        total = sum(a.size for a in avals if a is not None)
+        dtype = next((a.dtype for a in avals if a is not None), np.dtype(np.float32))
+        whole = Operation("x", (), {}, (total,), dtype, self.here)
+        parts, at = [], 0
+        for aval in avals:
+            if aval is None:
+                parts.append(None)
+                continue
+            row = self.like("slice", whole, shape=(aval.size,), start_indices=(at,),
+                            limit_indices=(at + aval.size,), strides=None)  # fmt: skip
+            parts.append(self._reshaped(row, aval.shape))
+            at += aval.size
+        return whole, parts
 
     def _step(self, x: Value, i: int) -> Value:
         """x[i]."""

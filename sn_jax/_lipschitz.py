@@ -308,7 +308,7 @@ class _Bounds:
 
     def __init__(self, graph: Graph, rtol: float, say: _Progress):
         self.graph, self.rtol, self.say = graph, rtol, say
-        self.all = Sources(graph.outputs)
+        self.all = Sources(graph.outputs, self.loop)
         self.sources: list[Source] = [self.all.sources[a] for a in self.all.order
                                       if a in self.all.sources]  # fmt: skip
         self.outputs = Rows(tuple(Row(((a, 1.0),)) for a in dict.fromkeys(graph.outputs)))
@@ -348,8 +348,8 @@ class _Bounds:
 
     # Domains with a constant for every source.
 
-    def plain(self, domain: str) -> tuple[float, list[Op]]:
-        logs: dict[Operation, float] = {self.graph.x: 0.0}
+    def plain(self, domain: str, starts=None) -> tuple[float, list[Op]]:
+        logs: dict[Operation, float] = starts or {self.graph.x: 0.0}
         ops: list[Op] = []
         for source in self.sources:
             self.say(f"{domain}: {source.node.where} {source.what}")
@@ -357,6 +357,33 @@ class _Bounds:
             ops.append(Op(source.node.where, source.what, source.factor, logs[source.node],
                           source.reason))  # fmt: skip
         return self.moves(self.outputs, logs, domain, ops), ops
+
+    def loop(self, node: Operation) -> list[float]:
+        """Constants of a loop's output for each argument: what the carry begins with, and all
+        else, of which every step sees at most the whole."""
+        params, known = node.params, {}
+        first, second = 0.0, -math.inf  # how far the carry can move, for either
+        seen: list[tuple[float, float]] = []
+        for carry, ys in params["steps"]:
+            if (carry, ys) not in known:
+                known[carry, ys] = [self._step_of(params, outputs) for outputs in (carry, ys)]
+            (a, b), (p, q) = known[carry, ys]
+            seen.append((_times(p, first), _plus(_times(p, second), q)))
+            first, second = _times(a, first), _plus(_times(a, second), b)
+        if not params["is_carry"]:
+            first, second = (_hypot(*logs) for logs in zip(*seen, strict=True))
+        n = params["starts"]
+        return [_exp(first)] * n + [_exp(second)] * (len(node.args) - n)
+
+    def _step_of(self, params, outputs) -> tuple[float, float]:
+        """The constants of a step in its carry alone, and in the rest alone."""
+        if not outputs:
+            return -math.inf, -math.inf
+        carry, rest = params["carry"], params["rest"]
+        graph = Graph(carry, list(outputs), 1, [])
+        step = _Bounds(graph, self.rtol, self.say)
+        return (step.plain("joint", {carry: 0.0, rest: -math.inf})[0],
+                step.plain("joint", {carry: -math.inf, rest: 0.0})[0])  # fmt: skip
 
     def moves(self, rows: Rows, logs, domain: str, ops: list[Op]) -> float:
         groups = [(row,) for row in rows.rows] if rows.added else [rows.rows]
@@ -393,7 +420,7 @@ class _Bounds:
         found, seen, todo = {}, set(), [a for row in rows for a, _ in row.terms]
         while todo:
             a = todo.pop()
-            if a in self.all.sources or a is self.graph.x:
+            if a in self.all.sources or a.op == "x":
                 found[a] = None
             elif a not in seen:
                 seen.add(a)

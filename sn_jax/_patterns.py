@@ -89,6 +89,26 @@ def _members(total: Operation, inner: str) -> tuple[Operation, np.ndarray] | Non
     return base, group
 
 
+def _same_difference(a: Operation, b: Operation) -> bool:
+    """Whether both are the same array less the same expression, spread alike."""
+    found = []
+    for node in (a, b):
+        if node.op != "sub" or len(node.inputs) != 2:
+            return False
+        spread = _expression(node.args[1])  # type: ignore
+        if spread is None:
+            return False
+        source, entries = _source(node.args[0])  # type: ignore
+        found.append((source, *spread, entries))
+    (source, tree, groups, entries), (source_b, tree_b, groups_b, entries_b) = found
+    return (
+        source is source_b
+        and tree == tree_b
+        and np.array_equal(groups, groups_b)
+        and np.array_equal(entries, entries_b)
+    )
+
+
 def _is_constant_on(m: Operation | Constant, groups: np.ndarray) -> bool:
     if isinstance(m, Constant):
         return m.uniform() is not None
@@ -336,6 +356,8 @@ def _normalized(builder, u: Operation, tree: _Tree, least: float, groups: np.nda
         return None
     base, member = members
     own, entries = _source(u, bijective=True)
+    if not centered and own is not base and _same_difference(own, base):
+        own = base
     if centered:
         # E[x^2] - E[x]^2, for u = x - E[x].
         squared = isinstance(tree[2], tuple) and tree[2][0] == "square"

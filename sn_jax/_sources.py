@@ -19,6 +19,8 @@ Interval = tuple[float, float]
 _EVERYTHING = (-math.inf, math.inf)
 # Different sets of constants in one elementwise function, each of which takes its own slopes.
 _MOST_FUNCTIONS = 256
+# Operations that are taken for one function together.
+_MOST_TOGETHER = 40
 _MARGIN = 1 + 2.0**-40
 
 
@@ -81,7 +83,13 @@ def region_root(node: Operation, users: Mapping[Operation, Sequence[Operation]])
         return None
     inner = [_between(node, root) for root in found]
     # As one function as far up as constants are the same everywhere.
-    last = max([i for i, ops in enumerate(inner) if i == 0 or _is_uniform(ops)])
+    last = max(
+        [
+            i
+            for i, ops in enumerate(inner)
+            if i == 0 or (len(ops) <= _MOST_TOGETHER and _is_uniform(ops))
+        ]
+    )
     if is_linear(node):
         # A sum of functions of one variable is one, unless these are needed by themselves.
         bends = [a for a in inner[last] if not is_linear(a)]
@@ -108,9 +116,15 @@ def _is_uniform(ops: Sequence[Operation]) -> bool:
 
 
 class Sources:
-    """Finds sources and ranges, in the order of the graph; of its outputs only what they need."""
+    """Finds sources and ranges, in the order of the graph; of its outputs only what they need.
 
-    def __init__(self, outputs: Sequence[Operation]):
+    Args:
+      outputs: of the graph.
+      loop: what gives the constants of a loop, one for each of its arguments.
+    """
+
+    def __init__(self, outputs: Sequence[Operation], loop: Callable[[Operation], tuple]):
+        self._loop = loop
         live, todo = set(), list(outputs)
         while todo:
             a = todo.pop()
@@ -170,6 +184,13 @@ class Sources:
     def _joint(self, node: Operation) -> tuple[Source, Interval]:
         if node.op in RULES:
             return self._registered(node), _EVERYTHING
+        if node.op == "loop":
+            factors = self._loop(node)
+            rows = [Row(((a, f),)) for a, f in zip(node.args, factors, strict=True)]
+            what = f"a loop of {len(node.params['steps'])} steps, bounded one by one"
+            reason = "" if np.all(np.isfinite(factors)) else "a step of the loop is not bounded"
+            source = Source(node, what, max(factors), Rows(tuple(rows), added=True), reason=reason)
+            return source, _EVERYTHING
         if node.op in ("larger", "smaller"):
             a, b = node.args
             gap = node.params["gap"]
