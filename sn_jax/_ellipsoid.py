@@ -56,7 +56,7 @@ def ellipsoid(x: Any, blocks: Sequence[Block], say: Callable[[str], None]):
             n += block.size
     sizes = [block.size for block in blocks]
     # A smaller matrix with the same P^T P.
-    matrices = [np.linalg.qr(p, mode="r") if len(p) > 2 * p.shape[1] else p for p in matrices]
+    matrices = [np.linalg.qr(p)[1] if len(p) > 2 * p.shape[1] else p for p in matrices]
 
     def run(thetas):
         return _recursion(x.size, matrices, sizes, thetas)
@@ -165,7 +165,7 @@ def _certified(squared: float, es, n_x: int, blocks, places, n: int) -> float:
         return math.sqrt(c_hidden)
     squared = max(squared, c_hidden)
     core = np.eye(n) - total
-    growth = 2.0**-46
+    growth = 0.0
     for _ in range(40):
         matrix = squared * core - outer
         trace = float(np.abs(np.diag(matrix)).sum())
@@ -176,8 +176,8 @@ def _certified(squared: float, es, n_x: int, blocks, places, n: int) -> float:
         try:
             np.linalg.cholesky(matrix)
         except np.linalg.LinAlgError:
+            growth = max(2 * growth, slack / squared)
             squared *= 1 + growth
-            growth *= 2
             continue
         return math.sqrt(squared) * (1 + 8 * UNIT)
     return math.inf

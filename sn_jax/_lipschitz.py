@@ -315,8 +315,8 @@ class _Bounds:
         copies = max((graph.outputs.count(a) for a in graph.outputs), default=1)
         if copies > 1:
             self.outputs = Rows(tuple(Row(((a, 1.0),)) for a in graph.outputs))
-        self._maps: dict[tuple, dict[Operation, _Map] | None] = {}
-        self._norms: dict[tuple, float] = {}
+        self._maps: dict[tuple[Any, ...], dict[Operation, _Map] | None] = {}
+        self._norms: dict[tuple[Any, ...], float] = {}
         self._operations: dict[Operation, float | None] = {}
         self.notes = list(graph.notes)
 
@@ -325,6 +325,7 @@ class _Bounds:
         if not self.graph.outputs:
             return LipschitzBound(0.0, -math.inf, names[0], ())
         runs: dict[str, tuple[float, list[Op]]] = {}
+        blocks: list[Block] = []
         for name in names:
             self.say(name)
             if name in ("product", "merged", "joint"):
@@ -335,8 +336,8 @@ class _Bounds:
                 try:
                     if name == "shift":
                         runs["shift"], blocks = self.shift()
-                    elif "shift" in runs:
-                        runs[name] = self.ellipsoid(blocks, runs["shift"][1])  # type: ignore
+                    elif blocks:
+                        runs[name] = self.ellipsoid(blocks, runs["shift"][1])
                 except _TooLargeError:
                     self.notes.append(f"{name} did not run: too many directions for one matrix.")
         best = min(runs, key=lambda name: runs[name][0])
@@ -358,7 +359,7 @@ class _Bounds:
                           source.reason))  # fmt: skip
         return self.moves(self.outputs, logs, domain, ops), ops
 
-    def loop(self, node: Operation) -> list[float]:
+    def loop(self, node: Operation) -> Sequence[float]:
         """Constants of a loop's output for each argument: what the carry begins with, and all
         else, of which every step sees at most the whole."""
         params, known = node.params, {}
@@ -486,11 +487,13 @@ class _Bounds:
     def joint(self, maps: dict[Operation, _Map], logs, parts: Sequence[float]) -> float:
         """min over w > 0 of sqrt(sum w_k) sigma([B_k L_k / sqrt(w_k)]): any w is a bound."""
         live = [
-            (m, logs[s], p) for (s, m), p in zip(maps.items(), parts, strict=True) if p > -math.inf
+            (m, logs[s], p)
+            for (s, m), p in zip(maps.items(), parts, strict=True)
+            if logs[s] > -math.inf
         ]
         if not live:
             return -math.inf
-        top = max(p for _, _, p in live)
+        top = max(max(p for _, _, p in live), max(log for _, log, _ in live) - 300)
         scale = [math.exp(min(log - top, 700.0)) for _, log, _ in live]
         if not all(map(math.isfinite, scale)):
             return math.inf
@@ -542,7 +545,7 @@ class _Bounds:
         group = np.broadcast_to(np.arange(total.size).reshape(kept), z.shape).ravel()
         if z.size * np.count_nonzero(b.matrix.any(0)) > 2**16:
             return math.inf
-        pieces: dict[tuple, list[float]] = {}
+        pieces: dict[tuple[Any, ...], list[float]] = {}
         for g in range(total.size):
             inside = group == g
             block, row = c.matrix[inside], b.matrix[g]
@@ -604,11 +607,16 @@ class _Bounds:
         logs_of, maps = [], []
         for group in groups:
             part = forms.maps(group)
-            norms = [_times(_log(norm(m.matrix, self.rtol, m.error)), logs[s])
-                     for s, m in part.items()]  # fmt: skip
-            best = _plus(*norms)
             if len(part) > 1:
-                best = min(best, self.joint(part, logs, norms))
+                # Estimates, for the weights alone.
+                guesses = [
+                    _times(_log(_leading([m.matrix], np.ones(1))[0]), logs[s])
+                    for s, m in part.items()
+                ]
+                best = self.joint(part, logs, guesses)
+            else:
+                best = _plus(*(_times(_log(norm(m.matrix, self.rtol, m.error)), logs[s])
+                               for s, m in part.items()))  # fmt: skip
             logs_of.append(best)
             maps.append(part)
         total = _plus(*logs_of)
@@ -644,7 +652,7 @@ def _exp(log: float) -> float:
     return math.exp(log) * (1 + 4 * UNIT * (2 + abs(log))) if log < 709 else math.inf
 
 
-def _identity(rows: Sequence[Row]) -> tuple:
+def _identity(rows: Sequence[Row]) -> tuple[Any, ...]:
     return tuple(
         (a, id(f) if isinstance(f, np.ndarray) else f) for row in rows for a, f in row.terms
     )
@@ -679,6 +687,6 @@ def _leading(blocks: Sequence[np.ndarray], weights: np.ndarray) -> tuple[float, 
 
         start = np.random.default_rng(0).standard_normal(n)
         operator = LinearOperator((n, n), multiply, dtype=float)  # type: ignore
-        values, vectors = eigsh(operator, k=1, which="LA", tol=1e-4, v0=start)
+        values, vectors = eigsh(operator, k=1, which="LA", tol=1e-3, v0=start)  # type: ignore
         value, u = values[0], vectors[:, 0]
     return math.sqrt(max(value, 0.0)), np.array([np.linalg.norm(b @ u) for b in blocks])

@@ -79,6 +79,11 @@ class Operation:
         return math.prod(self.shape)
 
     @property
+    def operands(self) -> "list[Operation]":
+        """Its arguments that depend on x, in order."""
+        return [a for a in self.args if isinstance(a, Operation)]
+
+    @property
     def inputs(self) -> "list[Operation]":
         """Its arguments that depend on x, each once."""
         return list(dict.fromkeys(a for a in self.args if isinstance(a, Operation)))

@@ -123,7 +123,7 @@ class Sources:
       loop: what gives the constants of a loop, one for each of its arguments.
     """
 
-    def __init__(self, outputs: Sequence[Operation], loop: Callable[[Operation], tuple]):
+    def __init__(self, outputs: Sequence[Operation], loop: Callable[[Operation], Sequence[float]]):
         self._loop = loop
         live, todo = set(), list(outputs)
         while todo:
@@ -186,13 +186,13 @@ class Sources:
             return self._registered(node), _EVERYTHING
         if node.op == "loop":
             factors = self._loop(node)
-            rows = [Row(((a, f),)) for a, f in zip(node.args, factors, strict=True)]
+            rows = [Row(((a, f),)) for a, f in zip(node.operands, factors, strict=True)]
             what = f"a loop of {len(node.params['steps'])} steps, bounded one by one"
             reason = "" if np.all(np.isfinite(factors)) else "a step of the loop is not bounded"
             source = Source(node, what, max(factors), Rows(tuple(rows), added=True), reason=reason)
             return source, _EVERYTHING
         if node.op in ("larger", "smaller"):
-            a, b = node.args
+            a, b = node.operands
             gap = node.params["gap"]
             rows = Rows((Row(((a, 1.0),)), Row(((b, 1.0),))))
             linear, rest = Row(((a, 0.5), (b, 0.5))), Rows((Row(((a, 0.5), (b, -0.5))),))
@@ -201,7 +201,7 @@ class Sources:
                                                                  strict=True)]  # fmt: skip
             source = Source(node, what, 1.0, rows, linear, rest, gap, sign)
             return source, (float(ends[0]), float(ends[1]))
-        if node.op in ("mul", "div", "dot_general") and len(node.inputs) == 2:
+        if node.op in ("mul", "div", "dot_general") and len(node.operands) == 2:
             return self._product(node)
         constant = _constant_of(node)
         if constant is None:
@@ -219,7 +219,7 @@ class Sources:
         return Source(node, what, lipschitz, rows, linear, rest, node, 1.0, reason), values
 
     def _product(self, node: Operation) -> tuple[Source, Interval]:
-        a, b = node.args
+        a, b = node.operands
         ra, rb = self.ranges[a], self.ranges[b]
         most_a, most_b = (max(abs(r[0]), abs(r[1])) for r in (ra, rb))
         size, linear, rest = 1.0, None, None
