@@ -35,7 +35,7 @@ _OWN = {
 }  # fmt: skip
 _CALLS = {
     "jit", "pjit", "closed_call", "core_call", "remat", "remat2", "checkpoint", "custom_jvp_call",
-    "custom_vjp_call", "custom_vjp_call_jaxpr", "custom_vmap_call", "custom_lin",
+    "custom_vjp_call", "custom_vjp_call_jaxpr", "custom_vmap_call",
 }  # fmt: skip
 _IDENTITIES = {
     "copy", "copy_p", "device_put", "mesh_cast", "name", "optimization_barrier", "pvary",
@@ -147,8 +147,8 @@ class Builder:
             if op == "reduce_precision":
                 self.note_rounding("reduce_precision", where)
             return args[out]
-        if op == "convert_element_type" and _are_floats(args[0].dtype, dtype):
-            if jnp.finfo(dtype).bits < jnp.finfo(args[0].dtype).bits:
+        if op == "convert_element_type" and _are_floats(_dtype_of(args[0]), dtype):
+            if jnp.finfo(dtype).bits < jnp.finfo(_dtype_of(args[0])).bits:
                 self.note_rounding(str(dtype), where)
             return args[0]
         if op in ELEMENTWISE:
@@ -430,8 +430,10 @@ def where(eqn) -> str:
     return f"{frame.filename.rsplit('/', 1)[-1]}:{frame.lineno}"
 
 
-_ELSEWHERE = [str(module.__file__).removesuffix("__init__.py") for module in (jax,)]
-_ELSEWHERE += [__file__.removesuffix("_graph.py") + name for name in ("_graph.py", "_lipschitz.py")]
+_ELSEWHERE: list[str] = [str(module.__file__).removesuffix("__init__.py") for module in (jax,)]
+_ELSEWHERE.extend(
+    __file__.removesuffix("_graph.py") + name for name in ("_graph.py", "_lipschitz.py")
+)
 
 
 def _key(params) -> Any:
@@ -448,6 +450,10 @@ def _key(params) -> Any:
 def _literal(var) -> Any:
     value = np.asarray(var.val)
     return value.astype(var.aval.dtype) if value.dtype != var.aval.dtype else value
+
+
+def _dtype_of(a: Value) -> Any:
+    return a.dtype if isinstance(a, Operation) else a.value.dtype
 
 
 def _are_floats(a, b) -> bool:

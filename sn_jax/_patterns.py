@@ -95,10 +95,11 @@ def _same_difference(a: Operation, b: Operation) -> bool:
     for node in (a, b):
         if node.op != "sub" or len(node.inputs) != 2:
             return False
-        spread = _expression(node.args[1])  # type: ignore
+        x, shift = node.operands
+        spread = _expression(shift)
         if spread is None:
             return False
-        source, entries = _source(node.args[0])  # type: ignore
+        source, entries = _source(x)
         found.append((source, *spread, entries))
     (source, tree, groups, entries), (source_b, tree_b, groups_b, entries_b) = found
     return (
@@ -363,7 +364,12 @@ def _normalized(builder, u: Operation, tree: _Tree, least: float, groups: np.nda
         squared = isinstance(tree[2], tuple) and tree[2][0] == "square"
         mean = _multiple(tree[2][1]) if squared else None
         sizes = np.unique(member, return_counts=True)[1]
-        if mean is None or mean[0] != k or np.any(sizes * k != 1) or own.op != "sub":
+        if (
+            mean is None
+            or mean[0] != k
+            or any(int(size) * k != 1 for size in sizes)
+            or own.op != "sub"
+        ):
             return None
         x, shift = own.args
         if not isinstance(shift, Operation) or not isinstance(x, Operation):
