@@ -30,6 +30,11 @@ if TYPE_CHECKING:  # on first use, by __getattr__
     from sn_jax import nnx as nnx
     from sn_jax import testing as testing
     from sn_jax import transforms as transforms
+    from sn_jax._attack import lipschitz_attack as lipschitz_attack
+    from sn_jax._attack import local_lipschitz as local_lipschitz
+    from sn_jax._lipschitz import LipschitzBound as LipschitzBound
+    from sn_jax._lipschitz import lipschitz_bound as lipschitz_bound
+    from sn_jax._lipschitz import register_lipschitz as register_lipschitz
     from sn_jax._norms import Bounds as Bounds
     from sn_jax._norms import GramResult as GramResult
     from sn_jax._norms import gram_iteration as gram_iteration
@@ -43,6 +48,7 @@ __all__ = [
     "Conv",
     "GramResult",
     "Linear",
+    "LipschitzBound",
     "Matrix",
     "PowerResult",
     "Rules",
@@ -53,8 +59,12 @@ __all__ = [
     "calibrate",
     "gram_iteration",
     "init",
+    "lipschitz_attack",
+    "lipschitz_bound",
+    "local_lipschitz",
     "norm_bounds",
     "power_iteration",
+    "register_lipschitz",
     "residuals",
     "spectral_norm",
     "spectral_normalize",
@@ -64,14 +74,20 @@ __all__ = [
 
 # Loaded when first used, since they import SciPy, Flax or optax.
 _MODULES = ("convert", "linen", "nnx", "testing", "transforms")
-_NORMS = ("Bounds", "GramResult", "gram_iteration", "norm_bounds", "spectral_norm")
+_LATER = {
+    **dict.fromkeys(("lipschitz_attack", "local_lipschitz"), "_attack"),
+    **dict.fromkeys(("LipschitzBound", "lipschitz_bound", "register_lipschitz"), "_lipschitz"),
+    **dict.fromkeys(
+        ("Bounds", "GramResult", "gram_iteration", "norm_bounds", "spectral_norm"), "_norms"
+    ),
+}
 
 
 def __getattr__(name: str) -> Any:
     if name in _MODULES:
         return importlib.import_module(f"sn_jax.{name}")
-    if name in _NORMS:
-        value = getattr(importlib.import_module("sn_jax._norms"), name)
+    if name in _LATER:
+        value = getattr(importlib.import_module(f"sn_jax.{_LATER[name]}"), name)
         globals()[name] = value
         return value
     raise AttributeError(f"module 'sn_jax' has no attribute {name!r}")

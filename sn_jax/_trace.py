@@ -252,7 +252,7 @@ class _Walk:
         if name == "cond":
             branches = [self.program(b, inputs[1:], True) for b in eqn.params["branches"]]
             return [_join(values, name) for values in zip(*branches, strict=True)]
-        inner = _inner_program(eqn)
+        inner = inner_program(eqn)
         if inner is not None:
             return self.program(inner, inputs, True)
         if name != _tag_p.name or eqn.params["name"]:
@@ -438,7 +438,7 @@ def _grows(eqn) -> bool:
     return eqn.outvars[0].aval.size > eqn.invars[0].aval.size
 
 
-def _inner_program(eqn) -> ClosedJaxpr | None:
+def inner_program(eqn) -> ClosedJaxpr | None:
     """The program of jit, remat or custom derivatives: one with the same inputs and outputs."""
     for inner in eqn.params.values():
         inner = ClosedJaxpr(inner, ()) if isinstance(inner, Jaxpr) else inner
@@ -513,16 +513,21 @@ def _sliced(x: _Value, scan: int) -> _Value:
     return x
 
 
+def evaluate(eqn, values: Sequence[Any]) -> Sequence[Any]:
+    """The outputs of an equation, computed as the program would."""
+    params = eqn.primitive.get_bind_params(eqn.params)
+    subfuns, params = params if isinstance(params, tuple) else ((), params)  # JAX 0.9
+    out = eqn.primitive.bind(*subfuns, *values, **params)
+    return out if eqn.primitive.multiple_results else [out]
+
+
 def _folded(eqn, inputs: list[_Constant]) -> list[_Value]:
     """The outputs of an equation of constants."""
     scans = tuple(sorted({scan for x in inputs for scan in x.scans}))  # numbered outside in
 
     def compute(*values):
         def run(*values):
-            params = eqn.primitive.get_bind_params(eqn.params)
-            subfuns, params = params if isinstance(params, tuple) else ((), params)  # JAX 0.9
-            out = eqn.primitive.bind(*subfuns, *values, **params)
-            return out if eqn.primitive.multiple_results else [out]
+            return evaluate(eqn, values)
 
         for scan in reversed(scans):
             run = jax.vmap(run, tuple(0 if scan in x.scans else None for x in inputs))

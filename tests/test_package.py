@@ -19,13 +19,13 @@ ROOT = Path(__file__).parent.parent
 MODULES = sorted(path.stem for path in (ROOT / "sn_jax").glob("*.py"))
 # The rooms, from the ground up: each imports from lower floors only.
 FLOORS = [
-    {"_mesh"},
+    {"_mesh", "_slopes"},
     {"_views"},
-    {"_operator", "_serial", "_symbols", "_trace", "_nnx"},
-    {"_rules", "_power", "_norms"},
-    {"_core"},
-    {"_flax", "transforms", "convert", "testing"},
-    {"_linen_layers", "_nnx_layers"},
+    {"_attack", "_operator", "_serial", "_symbols", "_trace", "_nnx"},
+    {"_rules", "_power", "_norms", "_pieces", "_ellipsoid"},
+    {"_core", "_patterns", "_sources", "_operation_norms"},
+    {"_flax", "transforms", "convert", "testing", "_graph"},
+    {"_linen_layers", "_nnx_layers", "_lipschitz"},
     {"linen", "nnx"},
     {"__init__"},
 ]

@@ -1,0 +1,183 @@
+r"""One ellipsoid that holds everything that can move together: the tightest domain.
+
+For a step of x of length at most 1, the moves ``s`` of all sources so far satisfy
+``s^T Sigma^-1 s <= 1``. A source with ``|w| <= |P s|`` extends it: for any e larger than the norm
+of ``S = P Sigma P^T``, the matrix ``Sigma^-1 - P^T P / e`` is positive definite, and with the
+covariance ``e`` for w the inequality holds for both together. All e are free: e = (1 + theta) |S|
+with theta searched, and one factorization proves the bound that comes out.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from sn_jax._symbols import UNIT, gamma
+
+# Floating-point operations spent in the search, and the factors tried.
+_EFFORT = 4e9
+_THETAS = (1.0, 0.5, 0.25, 0.1, 0.03, 2.0, 4.0)
+
+
+class Block(NamedTuple):
+    """``|w| <= |P s|`` of a new source, or the outputs ``P s``.
+
+    Attributes:
+      key: the source; None for the outputs.
+      columns: source -> (its part of P^T, (source, row), by how much that errs).
+      size: of w.
+    """
+
+    key: Any
+    columns: dict[Any, tuple[np.ndarray, float]]
+    size: int
+
+
+def ellipsoid(x: Any, blocks: Sequence[Block], say: Callable[[str], None]):
+    """(a bound of the last block, how far each block can move at most).
+
+    Args:
+      x: the first source; every length is relative to its own.
+      blocks: in order, the outputs last.
+      say: told what is done.
+    """
+    places, n = {x: slice(0, x.size)}, x.size
+    matrices, errors = [], []
+    for block in blocks:
+        widths = [m.shape[1] for m, _ in block.columns.values()]
+        p = np.zeros((widths[0] if widths else 0, n))
+        for source, (matrix, _) in block.columns.items():
+            p[:, places[source]] = matrix.T
+        matrices.append(p)
+        errors.append({s: e for s, (_, e) in block.columns.items()})
+        if block.key is not None:
+            places[block.key] = slice(n, n + block.size)
+            n += block.size
+    sizes = [block.size for block in blocks]
+    # A smaller matrix with the same P^T P.
+    matrices = [np.linalg.qr(p)[1] if len(p) > 2 * p.shape[1] else p for p in matrices]
+
+    def run(thetas):
+        return _recursion(x.size, matrices, sizes, thetas)
+
+    cost = sum(8 * len(p) * p.shape[1] ** 2 + 10 * len(p) ** 3 for p in matrices) + 1
+    tries = int(min(400, _EFFORT / cost))
+    thetas = np.ones(len(blocks) - 1)
+    best = run(thetas)
+    for theta in _THETAS[1 : 1 + tries]:
+        found = run(np.full(len(thetas), theta))
+        if found[0] < best[0]:
+            best, thetas = found, np.full(len(thetas), theta)
+    tries, step = tries - len(_THETAS), 2.0
+    while tries > 0 and step > 1.02:
+        before = best[0]
+        for i in range(len(thetas)):
+            for factor in (step, 1 / step):
+                trial = thetas.copy()
+                trial[i] *= factor
+                found = run(trial)
+                tries -= 1
+                if found[0] < best[0]:
+                    best, thetas = found, trial
+                    break
+            say(f"ellipsoid: {math.sqrt(best[0]):.6g}")
+            if tries <= 0:
+                break
+        if best[0] > before * (1 - 1e-3):
+            step = math.sqrt(step)
+    squared, es, lengths = best
+    return _certified(squared, es, x.size, blocks, places, n), lengths
+
+
+def _recursion(n_x: int, matrices, sizes, thetas):
+    """(the squared bound, all e, how far each block moves)."""
+    n = n_x + sum(sizes)
+    sigma, at = np.zeros((n, n)), n_x
+    sigma[:n_x, :n_x] = np.eye(n_x)
+    es, lengths = [], []
+    for p, size, theta in zip(matrices, sizes, [*thetas, None], strict=True):
+        half = p @ sigma[:at, :at]
+        s = half @ p.T
+        if not s.size:
+            es.append(0.0)
+            lengths.append(0.0)
+            continue
+        if theta is None:
+            top = float(np.linalg.eigvalsh((s + s.T) / 2)[-1])
+            lengths.append(math.sqrt(max(top, 0.0)))
+            return max(top, 0.0), es, lengths
+        values, vectors = np.linalg.eigh((s + s.T) / 2)
+        top = float(values[-1])
+        lengths.append(math.sqrt(max(top, 0.0)))
+        if top <= 0 or size == 0:
+            es.append(0.0)
+            at += size
+            continue
+        e = (1 + theta) * top
+        turned = vectors.T @ half
+        sigma[:at, :at] += turned.T @ (turned / (e - values)[:, None])
+        sigma[at : at + size, at : at + size] = e * np.eye(size)
+        es.append(e)
+        at += size
+    return 0.0, es, [*lengths, 0.0]
+
+
+def _certified(squared: float, es, n_x: int, blocks, places, n: int) -> float:
+    r"""At least the bound, proved for these e.
+
+    With w in units of sqrt(e), ``|y|^2 <= L^2 |x|^2`` for all moves that keep every
+    ``|w_i|^2 <= |P_i s|^2`` follows from ``L^2 (I - sum_i P_i^T P_i) - C^T C`` being positive
+    semidefinite: multiply out and add the inequalities. Its Cholesky factorization is in floating
+    point: the diagonal is lowered by what that and the matrix itself can hide first.
+    """
+    scale = np.ones(n)
+    for block, e in zip(blocks, es, strict=False):
+        if e > 0:
+            scale[places[block.key]] = math.sqrt(e)
+    total, hidden, c_size = np.zeros((n, n)), 0.0, 0.0
+    outer = np.zeros((n, n))
+    c_hidden = 0.0
+    for i, block in enumerate(blocks):
+        last = block.key is None
+        if not last and es[i] == 0:
+            # Nothing moves it, so that its columns stand alone: not to be seen by others either.
+            if block.size and any(m.any() or e for m, e in block.columns.values()):
+                return math.inf
+            continue
+        divisor = 1.0 if last else math.sqrt(es[i])
+        rows = next((m.shape[1] for m, _ in block.columns.values()), 0)
+        p, error = np.zeros((rows, n)), 0.0
+        for source, (matrix, e) in block.columns.items():
+            factors = scale[places[source]] / divisor
+            p[:, places[source]] = matrix.T * factors
+            error += e * float(np.max(factors, initial=0.0))
+        size = float(np.linalg.norm(p)) * (1 + gamma(2 * p.size + 16))
+        error += 4 * UNIT * size
+        # |P^T P| in floating point, and what the error of P does to it.
+        lost = gamma(2 * rows + 32) * size**2 + 2 * error * size + error**2
+        if last:
+            outer, c_hidden, c_size = p.T @ p, lost, size**2
+        else:
+            total += p.T @ p
+            hidden += lost + UNIT * 8 * len(blocks) * size**2
+    if squared == 0 and c_size == 0:
+        return math.sqrt(c_hidden)
+    squared = max(squared, c_hidden)
+    core = np.eye(n) - total
+    growth = 0.0
+    for _ in range(40):
+        matrix = squared * core - outer
+        trace = float(np.abs(np.diag(matrix)).sum())
+        slack = squared * (hidden + 4 * UNIT * math.sqrt(n)) + c_hidden
+        slack += 8 * UNIT * (squared * float(np.linalg.norm(core)) + c_size)
+        slack += gamma(2 * n + 32) * trace * (1 + 1e-6)
+        matrix.flat[:: n + 1] -= slack * (1 + 1e-6)
+        try:
+            np.linalg.cholesky(matrix)
+        except np.linalg.LinAlgError:
+            growth = max(2 * growth, slack / squared)
+            squared *= 1 + growth
+            continue
+        return math.sqrt(squared) * (1 + 8 * UNIT)
+    return math.inf

@@ -1,0 +1,131 @@
+"""The norm of one linear operation, by its kind, where no matrix of the whole need be formed."""
+
+import math
+import warnings
+
+import numpy as np
+
+from sn_jax._norms import norm_bounds
+from sn_jax._pieces import Constant, Operation, apply, is_indexing, rounding_terms
+from sn_jax._symbols import gamma
+from sn_jax._views import Conv, Matrix
+
+# Entries of a matrix that is formed, and its smaller side.
+MOST_ENTRIES, MOST_ROWS = 2**25, 4096
+# Below this side accuracy costs nothing.
+_SMALL = 256
+
+
+def norm(matrix: np.ndarray, rtol: float, error: float = 0.0, view=None) -> float:
+    """At least the largest norm among matrices (..., m, n), or what a view says."""
+    if not matrix.size:
+        return 0.0
+    if view is None:
+        if not matrix.any():
+            return error
+        view, rtol = Matrix(), min(rtol, 1e-10) if min(matrix.shape[-2:]) <= _SMALL else rtol
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of brackets wider than rtol: the upper end holds
+        upper = np.max(norm_bounds(matrix, view, rtol=rtol).upper)  # type: ignore
+    return float(np.nextafter(upper + error, math.inf))
+
+
+def operation_norm(node: Operation, rtol: float) -> float | None:
+    """At least the norm of a linear operation with one input; None where it is too large."""
+    (a,) = node.inputs
+    op, params = node.op, node.params
+    up = math.inf
+    if op in ("broadcast_in_dim",):
+        return _root_up(node.size, a.size)
+    if is_indexing(op) or op in ("neg", "add", "sub", "add_any", "pad", "select_n",
+                                 "concatenate", "dynamic_update_slice"):  # fmt: skip
+        if sum(b is a for b in node.args) == 1:
+            return 1.0
+    elif op == "mul" or op == "div":
+        c = np.abs(next(b for b in node.args if isinstance(b, Constant)).array)
+        if op == "mul":
+            return float(np.max(c, initial=0.0))
+        return float(np.nextafter(1 / np.min(c, initial=up), up)) if c.min(initial=up) > 0 else up
+    elif op == "reduce_sum":
+        return _root_up(a.size, node.size)
+    elif op == "cumsum":
+        n = a.shape[params["axis"]]
+        return 1 / (2 * math.sin(math.pi / (4 * n + 2))) * (1 + 2.0**-48)
+    elif op == "dot_general":
+        return _matrix_norm(node, rtol)
+    elif op == "conv_general_dilated":
+        return _convolution_norm(node, rtol)
+    elif op == "reduce_window_sum":
+        return _window_norm(node, rtol)
+    return explicit_norm(node, a, rtol)
+
+
+def explicit_norm(node: Operation, a: Operation, rtol: float) -> float | None:
+    """By the matrix of the operation, where it is not too large."""
+    if a.size * node.size > MOST_ENTRIES or min(a.size, node.size) > MOST_ROWS:
+        return None
+    matrix = apply(node, {a: identity(a)}).reshape(a.size, -1)
+    row = apply(node, {a: np.ones((1, *a.shape))}, absolute=True)
+    return norm(matrix, rtol, gamma(rounding_terms(node) + 2) * float(np.linalg.norm(row)))
+
+
+def identity(a: Operation) -> np.ndarray:
+    return np.eye(a.size).reshape(a.size, *a.shape)
+
+
+def _root_up(numerator: int, denominator: int) -> float:
+    ratio = numerator / max(denominator, 1)
+    root = math.sqrt(ratio)
+    return (
+        root if root * root == ratio and root.is_integer() else float(np.nextafter(root, math.inf))
+    )
+
+
+def _matrix_norm(node: Operation, rtol: float) -> float:
+    """Of a product with a constant matrix: free axes of the argument do not matter."""
+    place = next(i for i, b in enumerate(node.args) if isinstance(b, Constant))
+    contract, batch = (dims[place] for dims in node.params["dimension_numbers"])
+    c = node.args[place].array  # type: ignore
+    free = [i for i in range(c.ndim) if i not in (*contract, *batch)]
+    sizes = [[c.shape[i] for i in axes] for axes in (batch, contract, free)]
+    c = c.transpose(*batch, *contract, *free)
+    return norm(c.reshape([math.prod(s) for s in sizes]), rtol)
+
+
+def _convolution_norm(node: Operation, rtol: float) -> float | None:
+    """By the view of the kernel, on one image."""
+    (a,), params = node.inputs, node.params
+    if not isinstance(node.args[1], Constant) or params["batch_group_count"] != 1:
+        return explicit_norm(node, a, rtol)
+    numbers, kernel = params["dimension_numbers"], node.args[1].array
+    n = kernel.ndim - 2
+    out, in_, *spatial = numbers.rhs_spec
+    if not 1 <= n <= 3 or any(low < 0 or high < 0 for low, high in params["padding"]):
+        return explicit_norm(node, a, rtol)
+    view = Conv(
+        input_shape=tuple(a.shape[i] for i in numbers.lhs_spec[2:]),
+        strides=tuple(params["window_strides"]),
+        padding=tuple(map(tuple, params["padding"])),
+        input_dilation=tuple(params["lhs_dilation"]),
+        kernel_dilation=tuple(params["rhs_dilation"]),
+        feature_group_count=params["feature_group_count"],
+    )
+    return norm(kernel.transpose(*spatial, in_, out), rtol, view=view)
+
+
+def _window_norm(node: Operation, rtol: float) -> float:
+    """The product of its norms along each dimension."""
+    (a,), p = node.inputs, node.params
+    total = 1.0
+    for i, n in enumerate(a.shape):
+        k, s = p["window_dimensions"][i], p["window_strides"][i]
+        d, base = p["window_dilation"][i], p["base_dilation"][i]
+        low = p["padding"][i][0]
+        matrix = np.zeros((node.shape[i], n))
+        for o in range(node.shape[i]):
+            for tap in range(k):
+                at = o * s + tap * d - low
+                if at % base == 0 and 0 <= at // base < n:
+                    matrix[o, at // base] += 1
+        total *= norm(matrix, rtol) if (k, s) != (1, 1) else 1.0
+    return total * (1 + 2.0**-48)

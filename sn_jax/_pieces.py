@@ -1,0 +1,347 @@
+"""Operations of a program, and the linear ones applied in float64 to many vectors at once.
+
+An operation has a primitive, its parameters and arguments: other operations, or constants. Here
+stands which ones are linear in what is not constant, what they do to a stack (k, *shape) of
+vectors, and what the same operation with absolute values does, which bounds what rounding adds.
+NumPy computes the common ones, so that nothing is compiled; JAX the others.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Union
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sn_jax._symbols import on_host
+
+Stack = np.ndarray  # (k, *shape), float64
+_ANY = 1000
+
+ELEMENTWISE = {
+    "abs", "acos", "acosh", "add", "add_any", "and", "asin", "asinh", "atan", "atan2", "atanh",
+    "cbrt", "ceil", "clamp", "convert_element_type", "cos", "cosh", "digamma", "div", "eq", "erf",
+    "erf_inv", "erfc", "exp", "exp2", "expm1", "floor", "ge", "gt", "integer_pow", "is_finite",
+    "le", "lgamma", "log", "log1p", "logistic", "lt", "max", "min", "mul", "ne", "neg", "nextafter",
+    "not", "or", "pow", "rem", "round", "rsqrt", "select_n", "sign", "sin", "sinh", "sqrt",
+    "square", "sub", "tan", "tanh", "xor",
+}  # fmt: skip
+
+
+class Constant:
+    """An array that the program does not compute from x; one object for each array."""
+
+    def __init__(self, value: Any):
+        self.value = value
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.value.shape)
+
+    @property
+    def array(self) -> np.ndarray:
+        """In float64, which holds every shorter float."""
+        return np.asarray(self.value).astype(np.float64)
+
+    def uniform(self) -> float | None:
+        """Its one number, or None where entries differ."""
+        value = self.array
+        if value.size and np.all(value == value.flat[0]):
+            return float(value.flat[0])
+        return None
+
+
+class Operation:
+    """One result of one equation; the same object wherever a program computes the same.
+
+    Attributes:
+      op: name of the primitive, or of what was recognized ("softmax").
+      args: its arguments.
+      params: of the primitive, or of what was recognized.
+      shape, dtype: of the result.
+      where: file:line of the source.
+      primitive: None for what was recognized.
+      out: which result of the primitive.
+      depth: larger than that of its arguments.
+    """
+
+    def __init__(self, op, args, params, shape, dtype, where, primitive=None, out=0):
+        self.op: str = op
+        self.args: tuple[Union[Operation, Constant], ...] = args  # noqa: UP007
+        self.params: Mapping[str, Any] = params
+        self.shape: tuple[int, ...] = tuple(shape)
+        self.dtype, self.where, self.primitive, self.out = dtype, where, primitive, out
+        self.depth: int = 1 + max((a.depth for a in self.inputs), default=0)
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def operands(self) -> "list[Operation]":
+        """Its arguments that depend on x, in order."""
+        return [a for a in self.args if isinstance(a, Operation)]
+
+    @property
+    def inputs(self) -> "list[Operation]":
+        """Its arguments that depend on x, each once."""
+        return list(dict.fromkeys(a for a in self.args if isinstance(a, Operation)))
+
+
+def is_linear(node: Operation) -> bool:
+    """Whether it is linear, up to a constant, in those of its arguments that depend on x."""
+    constant = [isinstance(a, Constant) for a in node.args]
+    if node.op in ("mul", "dot_general", "conv_general_dilated"):
+        return sum(constant) == 1
+    if node.op == "select_n":
+        return constant[0]
+    return node.op in _LINEAR and all(constant[_LINEAR[node.op] :])
+
+
+def is_indexing(op: str) -> bool:
+    """Whether each entry of the result is one of the argument, and nothing else is done."""
+    return op in _INDEXING
+
+
+def roots(node: Operation) -> Iterator[Operation]:
+    """The operations, nearest first, of whose entries those of ``node`` are functions, each of the
+    one in its own place: what every path of elementwise operations up from ``node`` meets."""
+    front = set(node.inputs)
+    while node.op in ELEMENTWISE and front:
+        if len(front) == 1:
+            (root,) = front
+            yield root
+        deepest = max(front, key=lambda a: a.depth)
+        if deepest.op not in ELEMENTWISE:
+            return
+        front.remove(deepest)
+        front.update(deepest.inputs)
+
+
+def rounding_terms(node: Operation) -> int:
+    """How many roundings can lie between an entry of the result and those it is computed from."""
+    if node.op in _INDEXING or node.op in ("select_n", "concatenate", "pad", "neg", "gather"):
+        return 0
+    if node.op in _ENTRYWISE:
+        return 2
+    # A sum has at most as many terms as there are entries of either factor.
+    return 4 + min(math.prod(a.shape) for a in node.args if a.shape)
+
+
+def apply(node: Operation, stacks: Mapping[Operation, Stack], *, absolute: bool = False) -> Stack:
+    """The linear part of an operation, on stacks.
+
+    Args:
+      node: linear.
+      stacks: of its inputs; what is not there is zero.
+      absolute: take absolute values of constants, and add where the operation subtracts.
+    """
+    k = len(next(iter(stacks.values())))
+    zero = np.float64(0)
+    args = [
+        a
+        if isinstance(a, Constant)
+        else stacks[a]
+        if a in stacks
+        else np.broadcast_to(zero, (k, *a.shape))
+        for a in node.args
+    ]
+    if node.op in _NUMPY:
+        return _NUMPY[node.op](node.params, args, (k, *node.shape), absolute)
+    return _by_jax(node, args, absolute)
+
+
+def permuted(node: Operation, x: np.ndarray) -> np.ndarray:
+    """What an indexing operation makes of an array."""
+    return apply(node, {node.inputs[0]: x[None]})[0]
+
+
+def _axes(axes) -> tuple[int, ...]:
+    return tuple(int(a) + 1 for a in axes)
+
+
+def _broadcast(params, args, shape, absolute):
+    del absolute
+    (x,) = args[:1]
+    places = _axes(params["broadcast_dimensions"])
+    sizes = dict(zip(places, x.shape[1:], strict=True))
+    x = x.reshape(len(x), *[sizes.get(i, 1) for i in range(1, len(shape))])
+    return np.broadcast_to(x, shape)
+
+
+def _slice(params, args, shape, absolute):
+    del shape, absolute
+    strides = params["strides"] or [1] * len(params["start_indices"])
+    index = map(slice, params["start_indices"], params["limit_indices"], strides)
+    return args[0][(slice(None), *index)]
+
+
+def _dynamic_slice(params, args, shape, absolute):
+    del params, absolute
+    starts = [
+        int(np.clip(int(s.array), 0, size - n))
+        for s, size, n in zip(args[1:], args[0].shape[1:], shape[1:], strict=True)
+    ]
+    index = (slice(s, s + n) for s, n in zip(starts, shape[1:], strict=True))
+    return args[0][(slice(None), *index)]
+
+
+def _signed_sum(sign):
+    def add(params, args, shape, absolute):
+        del params
+        out = np.zeros(shape)
+        for x, s in zip(args, (1, 1 if absolute else sign), strict=True):
+            if not isinstance(x, Constant):
+                out += s * x
+        return out
+
+    return add
+
+
+def _factor(c: Constant, absolute: bool) -> np.ndarray:
+    return np.abs(c.array) if absolute else c.array
+
+
+def _mul(params, args, shape, absolute):
+    del params
+    x, c = args[::-1] if isinstance(args[0], Constant) else args
+    return np.broadcast_to(x * _factor(c, absolute), shape)
+
+
+def _div(params, args, shape, absolute):
+    del params
+    return np.broadcast_to(args[0] / _factor(args[1], absolute), shape)
+
+
+def _select(params, args, shape, absolute):
+    del params, absolute
+    which = np.broadcast_to(args[0].array, shape)
+    out = np.zeros(shape)
+    for i, x in enumerate(args[1:]):
+        if not isinstance(x, Constant):
+            np.copyto(out, x, where=which == i)
+    return out
+
+
+def _concatenate(params, args, shape, absolute):
+    del absolute
+    axis, at, out = params["dimension"] + 1, 0, np.zeros(shape)
+    for x in args:
+        constant = isinstance(x, Constant)
+        n = x.shape[axis - 1] if constant else x.shape[axis]
+        if not constant:
+            out[(slice(None),) * axis + (slice(at, at + n),)] = x
+        at += n
+    return out
+
+
+def _reverse(params, args, shape, absolute):
+    del shape, absolute
+    return np.flip(args[0], _axes(params["dimensions"]))
+
+
+def _cumsum(params, args, shape, absolute):
+    del shape, absolute
+    x, axis = args[0], params["axis"] + 1
+    if params["reverse"]:
+        return np.flip(np.cumsum(np.flip(x, axis), axis), axis)
+    return np.cumsum(x, axis)
+
+
+def _dot(params, args, shape, absolute):
+    (contract, batch) = params["dimension_numbers"]
+    left = isinstance(args[1], Constant)
+    x, c = args if left else args[::-1]
+    c = _factor(c, absolute)
+    (cx, cc), (bx, bc) = (contract, batch) if left else (contract[::-1], batch[::-1])
+    free_x = [a for a in range(x.ndim - 1) if a not in (*cx, *bx)]
+    free_c = [a for a in range(c.ndim) if a not in (*cc, *bc)]
+    # To matrices: (batch, k * free, contracted) times (batch, contracted, free).
+    sizes_b = [c.shape[a] for a in bc]
+    n_contract = math.prod(c.shape[a] for a in cc)
+    sizes_x, sizes_c = [x.shape[a + 1] for a in free_x], [c.shape[a] for a in free_c]
+    k, n_b = len(x), math.prod(sizes_b)
+    x = x.transpose(*_axes(bx), 0, *_axes(free_x), *_axes(cx)).reshape(n_b, -1, n_contract)
+    c = c.transpose(*bc, *cc, *free_c).reshape(n_b, n_contract, -1)
+    y = (x @ c).reshape(*sizes_b, k, *sizes_x, *sizes_c)
+    y = np.moveaxis(y, len(sizes_b), 0)
+    if not left:  # free axes of the constant come first
+        n, m = len(sizes_b), len(sizes_x)
+        order = [*range(n + 1), *range(n + 1 + m, y.ndim), *range(n + 1, n + 1 + m)]
+        y = y.transpose(order)
+    return y.reshape(shape)
+
+
+_NUMPY: dict[str, Callable[..., Stack]] = {
+    "reshape": lambda p, a, shape, _: a[0].reshape(shape),
+    "squeeze": lambda p, a, shape, _: a[0].reshape(shape),
+    "expand_dims": lambda p, a, shape, _: a[0].reshape(shape),
+    "transpose": lambda p, a, shape, _: a[0].transpose(0, *_axes(p["permutation"])),
+    "broadcast_in_dim": _broadcast,
+    "slice": _slice,
+    "dynamic_slice": _dynamic_slice,
+    "rev": _reverse,
+    "neg": lambda p, a, shape, absolute: a[0] if absolute else -a[0],
+    "add": _signed_sum(1),
+    "add_any": _signed_sum(1),
+    "sub": _signed_sum(-1),
+    "mul": _mul,
+    "div": _div,
+    "select_n": _select,
+    "concatenate": _concatenate,
+    "reduce_sum": lambda p, a, shape, _: np.sum(a[0], _axes(p["axes"])),
+    "cumsum": _cumsum,
+    "dot_general": _dot,
+}
+# How many of the first arguments of a linear primitive may depend on x.
+_LINEAR = {
+    **dict.fromkeys(("add", "add_any", "sub", "concatenate"), _ANY),
+    **dict.fromkeys(
+        (
+            "reshape", "squeeze", "expand_dims", "transpose", "broadcast_in_dim", "slice",
+            "dynamic_slice", "rev", "neg", "div", "reduce_sum", "cumsum", "reduce_window_sum",
+            "gather", "split",
+        ),
+        1,
+    ),
+    "pad": 2,
+    "dynamic_update_slice": 2,
+}  # fmt: skip
+_INDEXING = {
+    "reshape", "squeeze", "expand_dims", "transpose", "broadcast_in_dim", "slice",
+    "dynamic_slice", "rev", "split",
+}  # fmt: skip
+_ENTRYWISE = {"add", "add_any", "sub", "mul", "div"}
+
+
+def _by_jax(node: Operation, args, absolute) -> Stack:
+    """By the primitive itself, with all floats in float64."""
+    params = dict(node.params)
+    if params.get("preferred_element_type") is not None:
+        params["preferred_element_type"] = np.dtype(np.float64)
+    if params.get("fill_value") is not None:
+        params["fill_value"] = 0.0
+    primitive = node.primitive
+    assert primitive is not None
+    values, stacked = [], []
+    for x in args:
+        stacked.append(not isinstance(x, Constant))
+        if isinstance(x, Constant):
+            if not jnp.issubdtype(x.value.dtype, jnp.floating):
+                x = np.asarray(x.value)
+            elif node.op in ("pad", "dynamic_update_slice"):
+                x = np.zeros(x.shape)  # a border's values are no linear part
+            else:
+                x = _factor(x, absolute)
+        values.append(x)
+    with on_host():
+        values = [jnp.asarray(x) for x in values]
+
+        def run(*stacks):
+            given = iter(stacks)
+            full = [next(given) if s else x for x, s in zip(values, stacked, strict=True)]
+            return primitive.bind(*full, **params)
+
+        y = jax.vmap(run)(*(x for x, s in zip(values, stacked, strict=True) if s))
+        return np.asarray(y[node.out] if primitive.multiple_results else y)

@@ -1,0 +1,100 @@
+"""Lipschitz constants from below: known norms, known constants, transformations of JAX."""
+
+import importlib
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+# The module has no public name of its own.
+_attack = importlib.import_module("sn_jax._attack")
+local_lipschitz, lipschitz_attack = _attack.local_lipschitz, _attack.lipschitz_attack
+
+A = np.sin(1.0 + np.arange(16.0).reshape(4, 4))
+B = np.cos(3 * A)
+
+
+def residual(x):
+    return x + B @ jax.nn.relu(A @ x)
+
+
+@pytest.mark.parametrize("shape", [(3, 5), (7, 2), (4, 4)])
+@pytest.mark.parametrize("key", [None, 0])
+def test_a_linear_map_has_its_norm(shape, key):
+    matrix = np.random.default_rng(0).normal(size=shape)
+    key = None if key is None else jax.random.key(key)
+    sigma = local_lipschitz(lambda x: matrix @ x, np.ones(shape[1]), n_steps=300, key=key)
+    np.testing.assert_allclose(sigma, np.linalg.norm(matrix, 2), rtol=1e-9)
+
+
+def test_the_jacobian_of_any_shape():
+    x = jax.random.normal(jax.random.key(0), (2, 3))
+
+    def fn(x):
+        return jnp.tanh(x @ A[:3]) + jnp.sin(x).sum()
+
+    jacobian = jax.jacobian(fn)(x).reshape(8, 6)
+    np.testing.assert_allclose(local_lipschitz(fn, x, n_steps=200),
+                               np.linalg.norm(jacobian, 2), rtol=1e-9)  # fmt: skip
+
+
+def test_it_is_never_above():
+    x = jax.random.normal(jax.random.key(1), (4,))
+    exact = np.linalg.norm(jax.jacobian(jnp.tanh)(A @ x) @ A, 2)
+    for n_steps in range(6):
+        assert local_lipschitz(lambda x: jnp.tanh(A @ x), x, n_steps=n_steps) <= exact * (1 + 1e-12)
+
+
+def test_it_is_jitted_and_mapped():
+    xs = jax.random.normal(jax.random.key(0), (5, 4))
+    single = [float(local_lipschitz(residual, x)) for x in xs]
+    mapped = jax.jit(jax.vmap(partial(local_lipschitz, residual)))(xs)
+    np.testing.assert_allclose(mapped, single, rtol=1e-12)
+
+
+def test_small_and_zero_jacobians():
+    assert local_lipschitz(lambda x: 0 * x, jnp.ones(3)) == 0
+    tiny = local_lipschitz(lambda x: 1e-200 * x, jnp.ones(3))
+    np.testing.assert_allclose(tiny, 1e-200)
+    x = jnp.ones(3, jnp.float32)
+    assert local_lipschitz(lambda x: 2 * x, x).dtype == jnp.float32
+
+
+def test_the_gradient_is_that_of_the_norm():
+    def sigma(x):
+        return local_lipschitz(lambda x: A @ jnp.sin(x), x, n_steps=300)
+
+    x = jnp.linspace(0.1, 1.0, 4)
+    exact = jax.grad(lambda x: jnp.linalg.norm(A * jnp.cos(x)[None], 2))(x)
+    np.testing.assert_allclose(jax.grad(sigma)(x), exact, rtol=1e-7)
+
+
+def test_the_attack_reaches_the_constant_of_a_residual_net():
+    lower, x = lipschitz_attack(residual, jax.random.key(0), jnp.ones(4))
+    # A has rank 2: of the 16 patterns, whose largest norm is 3.858103905, x reaches eight.
+    np.testing.assert_allclose(lower, 3.8440867858244, rtol=1e-9)
+    jacobian = jax.jacobian(residual)(x)
+    np.testing.assert_allclose(lower, np.linalg.norm(jacobian, 2), rtol=1e-9)
+
+
+def test_the_attack_climbs_a_smooth_function():
+    lower, _ = lipschitz_attack(jax.nn.gelu, jax.random.key(0), jnp.zeros(2), 300)
+    np.testing.assert_allclose(lower, 1.12899307, rtol=1e-5)
+    few = lipschitz_attack(jax.nn.gelu, jax.random.key(0), jnp.zeros(2), 3, restarts=0)
+    assert few.lower < lower
+
+
+def test_the_attack_is_jitted():
+    attack = jax.jit(partial(lipschitz_attack, residual, steps=20, restarts=2))
+    key = jax.random.key(0)
+    eager = lipschitz_attack(residual, key, jnp.ones(4), 20, restarts=2)
+    np.testing.assert_allclose(attack(key, jnp.ones(4)).lower, eager.lower, rtol=1e-9)
+
+
+def test_integers_are_refused():
+    with pytest.raises(TypeError, match="floating"):
+        local_lipschitz(jnp.sin, jnp.arange(3))
+    with pytest.raises(TypeError, match="floating"):
+        local_lipschitz(lambda x: (x > 0).astype(int), jnp.ones(3))

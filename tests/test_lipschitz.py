@@ -1,0 +1,493 @@
+"""lipschitz_bound: golden values, pitfalls, random programs, exact constants, frameworks."""
+
+import itertools
+import re
+
+import equinox as eqx
+import haiku as hk
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+from flax import nnx
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jax import lax
+
+import sn_jax
+from sn_jax import linen as sn_linen
+
+
+def waves(m: int, n: int) -> np.ndarray:
+    return np.sin(1 + np.arange(m * n).reshape(m, n))
+
+
+A = jnp.asarray(waves(4, 4))
+B = jnp.asarray(np.cos(3 * waves(4, 4)))
+X = np.zeros(4)
+IMAGE = np.zeros((1, 8, 8, 1), np.float32)
+relu = jax.nn.relu
+
+
+def bounds(fn, x=X, method="auto") -> dict[str, float]:
+    return dict(sn_jax.lipschitz_bound(fn, x, method=method, progress=False).bounds)
+
+
+def upper(fn, x=X, method="auto") -> float:
+    return sn_jax.lipschitz_bound(fn, x, method=method, progress=False).upper
+
+
+def stretch(fn, x) -> float:
+    """The norm of the Jacobian at x."""
+    jac = jax.jacobian(lambda flat: jnp.ravel(fn(flat.reshape(x.shape))))(jnp.ravel(x))
+    return float(np.linalg.norm(np.asarray(jac, np.float64), 2))
+
+
+# Golden values.
+
+EXACT = {
+    "product of matrices": (lambda x: B @ (A @ x), X, 4.08877659),
+    "x + A x": (lambda x: x + A @ x, X, 2.47948916),
+    "x - A x": (lambda x: x - A @ x, X, 2.69663311),
+    "x - x": (lambda x: x - x, X, 0.0),
+    "cumsum": (jnp.cumsum, np.zeros(6), 4.14811491),
+    "softmax(3x)": (lambda x: jax.nn.softmax(3 * x), X, 1.5),
+    "logsumexp": (jax.nn.logsumexp, X, 1.0),
+    "log_softmax": (jax.nn.log_softmax, X, 2.0),
+    "cross entropy": (lambda x: -jax.nn.log_softmax(x)[1], X, 2**0.5),
+    "max-pool 2/2": (lambda x: nn.max_pool(x, (2, 2), (2, 2)), IMAGE, 1.0),
+    "max-pool 3/2": (lambda x: nn.max_pool(x, (3, 3), (2, 2)), IMAGE, 2.0),
+    "max-pool 3/1": (lambda x: nn.max_pool(x, (3, 3), (1, 1), "SAME"), np.zeros((1, 5, 5, 1)), 3.0),
+    "nearest x2": (lambda x: jnp.repeat(jnp.repeat(x, 2, 1), 2, 2), IMAGE, 2.0),
+    "mean": (jnp.mean, np.zeros((8, 8)), 1 / 8),
+    "disjoint": (lambda x: jnp.concatenate([2 * x[:2], 3 * x[2:]]), X, 3.0),
+    "overlapping": (lambda x: jnp.concatenate([x, x]), X, 2**0.5),
+    "sort": (jnp.sort, X, 1.0),
+    "top-k values": (lambda x: lax.top_k(x, 2)[0], X, 1.0),
+    "relu(x) + relu(-x)": (lambda x: relu(x) + relu(-x), X, 1.0),
+    "softplus": (jax.nn.softplus, X, 1.0),
+    "log_sigmoid": (jax.nn.log_sigmoid, X, 1.0),
+    "integer steps of while": (
+        lambda x: lax.while_loop(lambda c: c[0] < 3, lambda c: (c[0] + 1, 2 * c[1]), (0, x))[1],
+        X,
+        8.0,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", EXACT)
+def test_exact_constants(name):
+    fn, x, value = EXACT[name]
+    found = upper(fn, x)
+    assert found >= value * (1 - 1e-8)  # the digits that are given
+    np.testing.assert_allclose(found, value, rtol=1e-8)
+
+
+SLOPE = jnp.array([0.1, 0.2, -1.5, 0.3])
+NEARLY = {
+    "PReLU": (lambda x: jnp.where(x >= 0, x, SLOPE * x), X, 1.5),
+    "tanh^3": (lambda x: jnp.tanh(x) ** 3, X, 0.75),
+    "tanh sigmoid": (lambda x: jnp.tanh(x[:2]) * jax.nn.sigmoid(x[2:]), X, 1.25),
+    "disjoint nonlinear": (
+        lambda x: jnp.concatenate([2 * jnp.tanh(x[:2]), 3 * relu(x[2:])]), X, 3.0,
+    ),
+    "max-min": (
+        lambda x: jnp.concatenate([jnp.maximum(x[:2], x[2:]), jnp.minimum(x[:2], x[2:])]), X, 1.0,
+    ),
+    "selu": (jax.nn.selu, X, 1.75809934),
+    "gelu": (jax.nn.gelu, X, 1.12899307),
+    "gelu, exact": (lambda x: jax.nn.gelu(x, approximate=False), X, 1.12890415),
+    "silu": (jax.nn.silu, X, 1.09983932),
+    "sigmoid": (jax.nn.sigmoid, X, 0.25),
+    "hard_silu": (jax.nn.hard_silu, X, 1.5),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NEARLY)
+def test_stated_constants(name):
+    fn, x, value = NEARLY[name]
+    found = upper(fn, x)
+    rng = np.random.default_rng(0)
+    lower = max(stretch(fn, 2 * rng.standard_normal(x.shape)) for _ in range(20))
+    assert lower <= found <= value * 1.001
+
+
+@pytest.mark.float32
+def test_average_pools():
+    pool = nn.avg_pool
+    np.testing.assert_allclose(upper(lambda x: pool(x, (2, 2), (2, 2)), IMAGE), 0.5, rtol=1e-8)
+    found = upper(lambda x: pool(x, (3, 3), (1, 1), "SAME"), IMAGE)
+    np.testing.assert_allclose(found, 0.921207, rtol=1e-6)
+    # Pixels at borders are divided by another count: 1.0072423 in one dimension.
+    fn = lambda x: pool(x, (3, 3), (1, 1), "SAME", count_include_pad=False)  # noqa: E731
+    np.testing.assert_allclose(upper(fn, IMAGE), 1.014537, rtol=1e-6)
+
+
+def test_residual_in_every_domain():
+    found = bounds(lambda x: x + B @ relu(A @ x))
+    assert found["product"] == pytest.approx(5.372862, rel=1e-6)
+    assert found["shift"] == pytest.approx(4.198350, rel=1e-6)
+    assert 3.858103905 <= found["ellipsoid"] <= 3.888366 * 1.001
+
+
+# Pitfalls, by number.
+
+
+def test_1_the_guard_against_nan_is_false():
+    assert upper(lambda x: jnp.logaddexp(x, 0.0)) == pytest.approx(1, rel=1e-6)
+    assert upper(lambda x: jnp.logaddexp(x, 0.0) - x) >= 1 - 1e-6
+
+
+def test_2_jumps_raise():
+    with pytest.raises(ValueError, match=r"test_lipschitz\.py:\d+.*jump"):
+        upper(lambda x: jnp.where(x > 0.3, x + 1, x))
+    assert upper(lambda x: jnp.where(x > 1, 2 * x - 1, x)) == pytest.approx(2, rel=1e-6)
+
+
+def test_3_kinks_at_zero():
+    assert upper(lambda x: relu(relu(x) - 0.0)) == pytest.approx(1, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    "fn",
+    [lambda x: x**2, lambda x: x * x, lambda x: jnp.exp(x), lambda x: jax.nn.silu(A @ x) * (B @ x)],
+    ids=["square", "product", "exp", "GLU"],
+)
+def test_4_unbounded_is_infinite_with_the_reason(fn):
+    bound = sn_jax.lipschitz_bound(fn, X)
+    assert bound.upper == np.inf
+    assert any(op.reason and op.where.startswith("test_lipschitz.py:") for op in bound.ops)
+    assert "infinite: test_lipschitz.py:" in str(bound)
+
+
+def standardized(x):
+    return (x - x.mean()) / jnp.sqrt(x.var() + 1e-6)
+
+
+FOUR = {"scale": np.ones(4, np.float32), "bias": np.zeros(4, np.float32)}
+NORMS = {
+    "linen": lambda x: nn.LayerNorm().apply({"params": FOUR}, x),
+    "linen RMSNorm": lambda x: nn.RMSNorm().apply({"params": FOUR}, x),
+    "linen GroupNorm": lambda x: nn.GroupNorm(1).apply({"params": FOUR}, x[None]),
+    "nnx": lambda x: nnx.LayerNorm(4, rngs=nnx.Rngs(0))(x),
+    "equinox": lambda x: eqx.nn.LayerNorm(4, eps=1e-6)(x),
+    "plain": standardized,
+    "jax.nn": lambda x: jax.nn.standardize(x, epsilon=1e-6),
+}
+
+
+@pytest.mark.float32
+@pytest.mark.parametrize("name", NORMS)
+def test_5_layer_norms(name):
+    fn = NORMS[name]
+    lower = stretch(fn, np.array([1e-6, -1e-6, 2e-6, 0.0], np.float32))
+    found = upper(fn, X.astype(np.float32))
+    assert 999 < lower <= found * (1 + 1e-6)
+    assert found <= 1000 * 1.001
+
+
+def test_5_axes_must_agree():
+    def wrong(x):  # the mean over one axis, spread over the other
+        length = jnp.sqrt(jnp.sum(x**2, 0) + 1e-2)
+        return x / length[:, None]
+
+    assert upper(wrong, np.zeros((3, 3))) == np.inf
+    assert (
+        upper(lambda x: x / jnp.sqrt(jnp.sum(x**2, 0, keepdims=True) + 1e-2), np.zeros((3, 3)))
+        < 10.01
+    )
+
+    def no_softmax(x):
+        return jnp.exp(x) / jnp.sum(jnp.exp(x), 0)[:, None]
+
+    assert upper(no_softmax, np.zeros((3, 3))) == np.inf
+
+
+def test_6_common_subexpressions():
+    fn = lambda x: (A @ x) * jax.nn.sigmoid(A @ x)  # noqa: E731
+    assert upper(fn) <= np.linalg.norm(A, 2) * 1.09983933
+
+
+def test_8_constants_are_those_of_the_dtype():
+    third = upper(lambda x: x * (1 / 3), X.astype(np.float32))
+    assert third >= float(np.float32(1 / 3))
+    np.testing.assert_allclose(third, float(np.float32(1 / 3)), rtol=1e-13)
+
+
+def test_9_stop_gradient_is_the_identity():
+    assert upper(lambda x: x - lax.stop_gradient(x)) == 0
+    assert upper(lax.stop_gradient) == pytest.approx(1)
+    with pytest.raises(ValueError, match="round"):
+        upper(lambda x: x + lax.stop_gradient(jnp.round(x) - x))
+
+
+def test_10_platforms_and_random_constants():
+    choose = lambda x: lax.platform_dependent(x, cpu=lambda x: 2 * x, default=lambda x: 3 * x)  # noqa: E731
+    assert upper(choose) == pytest.approx(3)
+    drawn = jax.random.normal(jax.random.key(0), (4, 4))
+    found = upper(lambda x: jax.random.normal(jax.random.key(0), (4, 4)) @ x)
+    np.testing.assert_allclose(found, np.linalg.norm(drawn, 2), rtol=1e-8)
+
+
+def test_11_cross_entropy_in_batches():
+    labels = jax.nn.one_hot(jnp.arange(3), 4)
+    fn = lambda x: -jnp.mean(jnp.sum(labels * jax.nn.log_softmax(x), -1))  # noqa: E731
+    np.testing.assert_allclose(upper(fn, np.zeros((3, 4))), (2 / 3) ** 0.5, rtol=1e-8)
+    np.testing.assert_allclose(upper(jax.nn.log_softmax, np.zeros((8, 4))), 2, rtol=1e-8)
+
+
+def test_12_norms_are_close():
+    rng = np.random.default_rng(0)
+    ws = rng.standard_normal((4, 16, 16))
+
+    def fn(x):
+        for w in ws:
+            x = jnp.tanh(w @ x)
+        return x
+
+    value = np.prod(np.linalg.norm(ws, 2, (1, 2)))
+    np.testing.assert_allclose(upper(fn, np.zeros(16), "product"), value, rtol=4e-6)
+
+
+def test_14_products_of_what_is_bounded():
+    cell = nn.RNN(nn.LSTMCell(4, param_dtype=jnp.float64))
+    x = np.zeros((1, 3, 2))
+    variables = cell.init(jax.random.key(0), x)
+    fn = lambda x: cell.apply(variables, x)  # noqa: E731
+    found = upper(fn, x)
+    lower = stretch(fn, np.random.default_rng(0).standard_normal(x.shape))
+    assert lower <= found < np.inf
+
+
+def test_15_long_scans():
+    def fn(x):
+        return lax.scan(lambda c, _: (jnp.tanh(c) * 0.9 + 0.1 * x, None), x, None, length=9000)[0]
+
+    bound = sn_jax.lipschitz_bound(fn, X, progress=False)
+    assert 1 <= bound.upper <= 1.001
+    assert any("9000 steps" in op.what for op in bound.ops)
+
+
+# Errors.
+
+
+@pytest.mark.parametrize(
+    ("fn", "words"),
+    [
+        (jnp.round, "round"),
+        (jnp.argmax, "argmax"),
+        (lambda x: x.astype(int), "int"),
+        (lambda x: lax.cond(x[0] > 0, lambda x: x, lambda x: 2 * x, x), "branch on x"),
+        (lambda x: lax.while_loop(lambda x: x[0] < 3, lambda x: 2 * x, x), "loop whose end"),
+        (lambda x: jnp.linalg.cholesky(jnp.outer(x, x)), "register_lipschitz"),
+        (lambda x: jnp.where(x[0] > 0, x, B @ x), "jump"),
+    ],
+)
+def test_errors_say_where(fn, words):
+    with pytest.raises(ValueError, match=words) as error:
+        upper(fn)
+    assert re.search(r"\.py:\d+", str(error.value))
+
+
+def test_arguments_are_checked():
+    with pytest.raises(ValueError, match="method"):
+        sn_jax.lipschitz_bound(jnp.sin, X, method="best")
+    with pytest.raises(ValueError, match="rtol"):
+        sn_jax.lipschitz_bound(jnp.sin, X, rtol=0)
+    with pytest.raises(TypeError, match="one array"):
+        sn_jax.lipschitz_bound(lambda x: x[0], (X, X))
+    with pytest.raises(TypeError, match="floating"):
+        sn_jax.lipschitz_bound(lambda x: x, np.arange(3))
+    with pytest.raises(TypeError, match="function"):
+        sn_jax.register_lipschitz("sort", 1.0)
+
+
+def test_registered_primitives():
+    qr = lambda x: jnp.linalg.qr(x.reshape(2, 2))[1]  # noqa: E731
+    with pytest.raises(ValueError, match="register_lipschitz"):
+        upper(qr)
+    from jax.extend.core import Primitive
+
+    twice = Primitive("twice_for_this_test")
+    twice.def_abstract_eval(lambda x: x)
+    sn_jax.register_lipschitz(twice, lambda x, **_: 2.0)
+    assert upper(lambda x: A @ twice.bind(x)) == pytest.approx(2 * np.linalg.norm(A, 2), rel=1e-6)
+
+
+# Exact constants, by enumeration of the patterns of ReLUs.
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_never_below_the_truth(seed):
+    rng = np.random.default_rng(seed)
+    residual = seed % 2
+    w1, w2 = rng.standard_normal((5, 3)), rng.standard_normal((3, 5))
+    fn = lambda x: residual * x + w2 @ relu(w1 @ x)  # noqa: E731
+    # All patterns, also those that no x has: larger, so divided into what occurs by points.
+    points = rng.standard_normal((4000, 3)) * 3
+    patterns = np.unique(points @ w1.T > 0, axis=0)
+    exact = max(np.linalg.norm(residual * np.eye(3) + w2 @ (p[:, None] * w1), 2) for p in patterns)
+    every = max(
+        np.linalg.norm(residual * np.eye(3) + w2 @ (np.array(p)[:, None] * w1), 2)
+        for p in itertools.product((0, 1), repeat=5)
+    )
+    found = bounds(fn, np.zeros(3))
+    assert exact <= every <= found["ellipsoid"] <= found["product"] * (1 + 1e-3)
+    assert every <= min(found.values())
+
+
+# Random programs.
+
+ELEMENTWISE = [relu, jnp.tanh, jax.nn.gelu, jax.nn.softplus, jnp.sin, jax.nn.leaky_relu, jnp.abs]
+
+
+@st.composite
+def programs(draw):
+    """A function of (3, 4) made of supported operations."""
+    seed, n = draw(st.integers(0, 10**6)), draw(st.integers(1, 5))
+    kinds = draw(st.lists(st.sampled_from(["dense", "mix", "act", "residual", "concat", "norm",
+                                           "softmax", "sort", "flip", "gate", "pool", "scan",
+                                           "split"]), min_size=n, max_size=n))  # fmt: skip
+    acts = draw(st.lists(st.sampled_from(range(len(ELEMENTWISE))), min_size=n, max_size=n))
+    return seed, tuple(kinds), tuple(acts)
+
+
+def run(program, x):
+    seed, kinds, acts = program
+    rng = np.random.default_rng(seed)
+    for kind, act in zip(kinds, acts, strict=True):
+        f, w, v = ELEMENTWISE[act], rng.standard_normal((4, 4)) / 2, rng.standard_normal((3, 3)) / 2
+        if kind == "dense":
+            x = f(x @ w + w[0, 0])
+        elif kind == "mix":
+            x = f(v @ x)
+        elif kind == "act":
+            x = f(x)
+        elif kind == "residual":
+            x = x + f(x @ w) @ w.T
+        elif kind == "concat":
+            x = jnp.concatenate([f(x), x[:, ::-1]], 1) @ jnp.concatenate([w, w.T])
+        elif kind == "norm":
+            x = (x - x.mean(1, keepdims=True)) * lax.rsqrt(x.var(1, keepdims=True) + 0.3) * w[:1]
+        elif kind == "softmax":
+            x = jax.nn.softmax(2 * x, axis=act % 2)
+        elif kind == "sort":
+            x = jnp.sort(x, axis=act % 2)
+        elif kind == "flip":
+            x = jnp.pad(x, ((1, 0), (0, 0)))[:3] - x[::-1]
+        elif kind == "gate":
+            x = jnp.tanh(x @ w) * jax.nn.sigmoid(v @ x)
+        elif kind == "pool":
+            x = lax.reduce_window(x, -jnp.inf, lax.max, (2, 2), (1, 1), "SAME")
+        elif kind == "split":
+            a, b = jnp.split(x, 2, 1)
+            x = jnp.concatenate([jnp.maximum(a, b), jnp.minimum(a, f(b))], 1)
+        elif kind == "scan":
+            x = lax.scan(lambda c, u, f=f: (f(c @ u), None), x, jnp.stack([w, w.T]))[0]
+    return x
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(programs())
+def test_random_programs(program):
+    fn, x = lambda x: run(program, x), np.zeros((3, 4))
+    found = bounds(fn, x)
+    rng = np.random.default_rng(program[0])
+    slopes = jax.jit(jax.jacobian(fn))
+    for scale in (0.1, 1.0, 3.0):
+        for _ in range(5):
+            jac = np.asarray(slopes(scale * rng.standard_normal(x.shape))).reshape(12, 12)
+            assert np.linalg.norm(jac, 2) <= min(found.values()) * (1 + 1e-12)
+    assert found["joint"] <= found["merged"] * (1 + 1e-9)
+    assert found["merged"] <= found["product"] * (1 + 1e-9)
+
+
+# Frameworks.
+
+
+def test_the_same_network_in_four_frameworks():
+    rng = np.random.default_rng(0)
+    w1, w2 = rng.standard_normal((6, 8)), rng.standard_normal((8, 3))
+    x = np.zeros((1, 6))
+    linen = nn.Sequential([nn.Dense(8), nn.gelu, nn.Dense(3)])
+    tree = {"layers_0": {"kernel": w1, "bias": np.zeros(8)},
+            "layers_2": {"kernel": w2, "bias": np.zeros(3)}}  # fmt: skip
+    first = nnx.Linear(6, 8, rngs=nnx.Rngs(0), param_dtype=jnp.float64)
+    second = nnx.Linear(8, 3, rngs=nnx.Rngs(0), param_dtype=jnp.float64)
+    first.kernel[...], second.kernel[...] = w1, w2
+    module = eqx.nn.MLP(
+        6, 3, 8, 1, activation=jax.nn.gelu, key=jax.random.key(0), dtype=jnp.float64
+    )
+    module = eqx.tree_at(lambda m: (m.layers[0].weight, m.layers[1].weight), module, (w1.T, w2.T))
+    haiku = hk.without_apply_rng(
+        hk.transform(lambda x: hk.nets.MLP([8, 3], activation=jax.nn.gelu)(x))
+    )
+    weights = {"mlp/~/linear_0": {"w": w1, "b": np.zeros(8)},
+               "mlp/~/linear_1": {"w": w2, "b": np.zeros(3)}}  # fmt: skip
+    found = [
+        upper(lambda x: linen.apply({"params": tree}, x), x),
+        upper(lambda x: second(nnx.gelu(first(x))), x),
+        upper(module, x[0]),
+        upper(lambda x: haiku.apply(weights, x), x),
+        upper(lambda x: jax.nn.gelu(x @ w1) @ w2, x),
+    ]
+    np.testing.assert_allclose(found, found[0], rtol=1e-9)
+
+
+def test_batches_have_the_constant_of_one():
+    rng = np.random.default_rng(0)
+    w1, w2 = rng.standard_normal((4, 6)), rng.standard_normal((6, 2))
+    fn = lambda x: relu(x @ w1) @ w2  # noqa: E731
+    np.testing.assert_allclose(upper(fn, np.zeros((8, 4))), upper(fn, np.zeros((1, 4))), rtol=1e-9)
+
+
+@pytest.mark.float32
+def test_spectral_normalization_inside():
+    class Discriminator(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            for features in (4, 8):
+                conv = nn.Conv(features, (3, 3), strides=2)
+                x = nn.leaky_relu(sn_linen.SpectralNorm(conv)(x), 0.1)
+            return sn_linen.SpectralNorm(nn.Dense(1))(x.reshape(len(x), -1))
+
+    model, x = Discriminator(), jnp.zeros((1, 8, 8, 1))
+    variables = model.init(jax.random.key(0), x)
+    fn = lambda x: model.apply(variables, x)  # noqa: E731
+    found = upper(fn, x)
+    lower = stretch(fn, np.random.default_rng(0).standard_normal(x.shape).astype(np.float32))
+    assert lower <= found < 10
+
+
+@pytest.mark.float32
+def test_certificates_do_not_depend_on_x64():
+    w = np.asarray(A, np.float32)
+    found = upper(lambda x: w @ (w @ x), X.astype(np.float32))
+    exact = np.linalg.norm(w.astype(np.float64) @ w.astype(np.float64), 2)
+    assert exact <= found
+    np.testing.assert_allclose(found, exact, rtol=1e-9)
+
+
+def test_bfloat16_is_taken_for_real_numbers():
+    x = X.astype(np.float32)
+    bound = sn_jax.lipschitz_bound(lambda x: jnp.tanh(x.astype(jnp.bfloat16)), x)
+    assert bound.upper == pytest.approx(1, rel=1e-6)
+    assert any("bfloat16" in note for note in bound.notes)
+
+
+def test_constants_of_deep_networks_beyond_float64():
+    fn = lambda x: lax.fori_loop(0, 400, lambda _, x: jnp.tanh(100 * x), x)  # noqa: E731
+    bound = sn_jax.lipschitz_bound(fn, X, method="joint")
+    assert bound.upper == np.inf
+    assert bound.log_upper == pytest.approx(400 * np.log(100), rel=1e-9)
+    assert "e+800" in str(bound)
+
+
+def test_the_table():
+    bound = sn_jax.lipschitz_bound(lambda x: B @ relu(A @ x), X, method="merged")
+    lines = str(bound).splitlines()
+    assert lines[0].split() == ["where", "what", "factor", "up", "to", "here"]
+    assert any("max [0, 1]" in line and "test_lipschitz.py:" in line for line in lines)
+    assert f"upper = {bound.upper:.6g} by" in str(bound)
+    assert bound.failure_probability == 0
