@@ -25,7 +25,11 @@ from sn_jax._views import Matrix, View
 # ordinary one.
 tracing = jax.make_user_context(None)
 # Layers whose products can be scaled instead of their kernels, as Flax makes them.
-DENSE = {nn.Dense: nn.Dense(0), nn.DenseGeneral: nn.DenseGeneral(0)}
+# Without a parent, since this module may be imported while one of the user's runs.
+DENSE = {
+    nn.Dense: nn.Dense(0, parent=None),
+    nn.DenseGeneral: nn.DenseGeneral(0, parent=None),
+}
 
 
 def uses_of_call(module, params, others, args, kwargs, conv, rngs, method):

@@ -110,6 +110,25 @@ def test_import_loads_no_framework():
         assert "flax" in loaded_by(f"import sn_jax; sn_jax.{module}.SpectralNorm")
 
 
+def test_a_module_may_be_the_first_to_use_it():
+    """sn_jax.linen is imported on first use, which may be inside a module that is being made."""
+    code = """
+import flax.linen as nn, jax, jax.numpy as jnp, sn_jax
+
+class Model(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return sn_jax.linen.SpectralNorm(nn.Dense(2))(x, update_stats=False)
+
+x = jnp.ones((1, 3))
+variables = Model().init(jax.random.key(0), x)
+assert [*variables["params"]] == ["Dense_0"], variables
+Model().apply(variables, x)
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+
+
 def test_all_is_what_the_package_exports():
     """Type checkers see each name, those that come on first use, too."""
     tree = ast.parse((ROOT / "sn_jax" / "__init__.py").read_text())
