@@ -323,11 +323,11 @@ def calibrate(
     if not (isinstance(rtol, Tracer) or rtol > 0):
         raise ValueError(f"rtol must be > 0; got {rtol}.")
     max_steps = _power.as_steps(max_steps)
-    new, unfinished = {}, []
+    new, stale = {}, {}
     for path, w in weights_of(params, state).items():
-        new[path], stale = _calibrate(w, state[path], rtol, max_steps)
-        if not isinstance(stale, Tracer) and stale:
-            unfinished.append(label(path))
+        new[path], stale[path] = _calibrate(w, state[path], rtol, max_steps)
+    # Looked at only now, since each look waits for the device.
+    unfinished = [label(path) for path, x in stale.items() if not isinstance(x, Tracer) and x]
     if unfinished:
         warnings.warn(
             f"calibrate took {max_steps} steps, and the residual of these is still above rtol = "
