@@ -12,6 +12,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+from sn_jax._power import power_iteration
+
 # The ascent alternates a few steps of power iteration with one on x.
 _INNER_STEPS = 3
 _FINAL_STEPS = 500
@@ -159,14 +161,8 @@ def _sigma(fn: Callable[[Array], Array], x: Array, v: Array, n_steps: int) -> tu
     value, push = jax.linearize(fn, lax.stop_gradient(x))
     if not jnp.issubdtype(value.dtype, jnp.floating):
         raise TypeError(f"fn must have a floating array as its value; got {value.dtype}.")
-    pull = jax.linear_transpose(push, x)
-
-    def step(_, v):
-        (w,) = pull(push(v))
-        # A vector in the kernel stays as it is.
-        return jnp.where(jnp.any(w != 0), _unit(w), v)
-
-    v = lax.stop_gradient(lax.fori_loop(0, n_steps, step, v))
+    # A vector that the Jacobian sends to zero stays as it is.
+    v = lax.stop_gradient(power_iteration(push, v, n_steps).v)
     stretched = jax.jvp(fn, (x,), (v,))[1]
     largest = lax.stop_gradient(jnp.max(jnp.abs(stretched), initial=0))
     # The norm has no gradient at zero: there is none to follow either.

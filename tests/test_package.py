@@ -21,9 +21,9 @@ MODULES = sorted(path.stem for path in (ROOT / "sn_jax").glob("*.py"))
 FLOORS = [
     {"_mesh", "_slopes"},
     {"_views"},
-    {"_attack", "_operator", "_serial", "_symbols", "_trace", "_nnx"},
+    {"_operator", "_serial", "_symbols", "_trace", "_nnx"},
     {"_rules", "_power", "_norms", "_pieces", "_ellipsoid"},
-    {"_core", "_patterns", "_sources", "_operation_norms"},
+    {"_attack", "_core", "_patterns", "_sources", "_operation_norms"},
     {"_flax", "transforms", "convert", "testing", "_graph"},
     {"_linen_layers", "_nnx_layers", "_lipschitz"},
     {"linen", "nnx"},
