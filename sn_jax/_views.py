@@ -120,6 +120,12 @@ def compute_dtype(dtype) -> jnp.dtype:
     return jnp.dtype(jnp.float32) if jnp.finfo(dtype).bits < 32 else jnp.dtype(dtype)
 
 
+def _set(frozen: object, /, **fields: Any) -> None:
+    """Gives a frozen dataclass its fields, while it is made."""
+    for name, value in fields.items():
+        object.__setattr__(frozen, name, value)
+
+
 def _as_axes(axes: int | Sequence[int], name: str) -> tuple[int, ...]:
     try:
         axes = tuple(axes) if isinstance(axes, Sequence) else (axes,)
@@ -177,9 +183,9 @@ class Matrix:
       ((8,), (64,))
     """
 
-    in_axes: Shape
-    out_axes: Shape
-    split: Split | None
+    in_axes: Shape = (-2,)
+    out_axes: Shape = (-1,)
+    split: Split | None = None
     rank: int | None = field(default=None, compare=False, repr=False, kw_only=True)
 
     def __init__(
@@ -190,10 +196,16 @@ class Matrix:
         *,
         rank: int | None = None,
     ) -> None:
-        object.__setattr__(self, "in_axes", _as_axes(in_axes, "in_axes"))
-        object.__setattr__(self, "out_axes", _as_axes(out_axes, "out_axes"))
-        object.__setattr__(self, "split", _as_split(split))
-        object.__setattr__(self, "rank", rank)
+        _set(self, in_axes=in_axes, out_axes=out_axes, split=split, rank=rank)
+        self.__post_init__()
+
+    def __post_init__(self) -> None:  # also of dataclasses that inherit, whose __init__ is theirs
+        _set(
+            self,
+            in_axes=_as_axes(self.in_axes, "in_axes"),
+            out_axes=_as_axes(self.out_axes, "out_axes"),
+            split=_as_split(self.split),
+        )
 
     def __repr__(self) -> str:
         split = "" if self.split is None else f", split={PartitionSpec(*self.split)}"
@@ -341,15 +353,15 @@ class Conv:
     """
 
     input_shape: Shape
-    strides: Shape
-    padding: Padding
-    input_dilation: Shape
-    kernel_dilation: Shape
-    feature_group_count: int
-    transpose: bool
-    transpose_kernel: bool
-    batch_axes: Shape | None
-    split: Split | None
+    strides: Shape = 1  # pyright: ignore[reportAssignmentType]  # one for each dimension, when made
+    padding: Padding = "SAME"
+    input_dilation: Shape = 1  # pyright: ignore[reportAssignmentType]
+    kernel_dilation: Shape = 1  # pyright: ignore[reportAssignmentType]
+    feature_group_count: int = 1
+    transpose: bool = False
+    transpose_kernel: bool = False
+    batch_axes: Shape | None = None
+    split: Split | None = None
 
     def __init__(
         self,
@@ -364,7 +376,24 @@ class Conv:
         batch_axes: Sequence[int] | None = None,
         split: PartitionSpec | Split | None = None,
     ) -> None:
-        size = tuple(input_shape) if isinstance(input_shape, Sequence) else (input_shape,)
+        _set(
+            self,
+            input_shape=input_shape,
+            strides=strides,
+            padding=padding,
+            input_dilation=input_dilation,
+            kernel_dilation=kernel_dilation,
+            feature_group_count=feature_group_count,
+            transpose=transpose,
+            transpose_kernel=transpose_kernel,
+            batch_axes=batch_axes,
+            split=split,
+        )
+        self.__post_init__()
+
+    def __post_init__(self) -> None:  # as in Matrix
+        size: Any = self.input_shape
+        size = tuple(size) if isinstance(size, Sequence) else (size,)
         n = len(size)
         if not 1 <= n <= 3:
             raise ValueError(f"Conv(input_shape={size}): give one to three spatial sizes.")
@@ -374,21 +403,18 @@ class Conv:
                 "symbolic one; export it at fixed sizes, or take the flattened kernel, "
                 'Matrix((0, 1, 2), 3), which is conv="reshape".'
             )
-        plain = {
-            "input_shape": _per_dimension(size, n, "input_shape"),
-            "strides": _per_dimension(strides, n, "strides"),
-            "padding": _as_padding(padding, n, transpose),
-            "input_dilation": _per_dimension(input_dilation, n, "input_dilation"),
-            "kernel_dilation": _per_dimension(kernel_dilation, n, "kernel_dilation"),
-            "feature_group_count": feature_group_count,
-            "transpose": transpose,
-            "transpose_kernel": transpose_kernel,
-            "batch_axes": None if batch_axes is None else tuple(map(operator.index, batch_axes)),
-            "split": _as_split(split),
-        }
-        for name, value in plain.items():
-            object.__setattr__(self, name, value)
-        if transpose and (feature_group_count != 1 or set(self.input_dilation) != {1}):
+        batch_axes = self.batch_axes
+        _set(
+            self,
+            input_shape=_per_dimension(size, n, "input_shape"),
+            strides=_per_dimension(self.strides, n, "strides"),
+            padding=_as_padding(self.padding, n, self.transpose),
+            input_dilation=_per_dimension(self.input_dilation, n, "input_dilation"),
+            kernel_dilation=_per_dimension(self.kernel_dilation, n, "kernel_dilation"),
+            batch_axes=None if batch_axes is None else tuple(map(operator.index, batch_axes)),
+            split=_as_split(self.split),
+        )
+        if self.transpose and (self.feature_group_count != 1 or set(self.input_dilation) != {1}):
             raise ValueError("Conv(transpose=True) has neither groups nor input_dilation.")
 
     def __repr__(self) -> str:
@@ -576,8 +602,7 @@ class Linear:
             raise TypeError(f"Linear(domain={domain!r}): give the shape of x.") from None
         if any(size < 0 for size in sizes):
             raise ValueError(f"Linear(domain={domain!r}): sizes are at least 0.")
-        object.__setattr__(self, "fn", fn)
-        object.__setattr__(self, "domain_shape", sizes)
+        _set(self, fn=fn, domain_shape=sizes)
 
     def __repr__(self) -> str:
         return f"Linear({name_of(self.fn)}, domain={self.domain_shape})"
@@ -654,8 +679,7 @@ class Scaled:
             values = values.astype(np.float32)
         if not jnp.issubdtype(values.dtype, jnp.floating):
             raise TypeError(f"Scaled(factor=...) of dtype {values.dtype}: give real numbers.")
-        object.__setattr__(self, "view", view)
-        object.__setattr__(self, "values", Values(values))
+        _set(self, view=view, values=Values(values))
 
     def __repr__(self) -> str:
         factor = self.factor

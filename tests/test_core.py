@@ -463,3 +463,24 @@ def test_state_pickles():
     again = pickle.loads(pickle.dumps(HOOK))
     assert again["w"].view == HOOK["w"].view
     np.testing.assert_array_equal(again["w"].u, HOOK["w"].u)
+
+
+@dataclass(frozen=True)
+class Named(Matrix):
+    name: str = "dense"
+
+
+@dataclass(frozen=True)
+class Image(sn_jax.Conv):
+    name: str = "image"
+
+
+def test_a_dataclass_that_inherits_takes_what_its_parent_takes():
+    assert Named(0, -1).axis_groups(2) == Matrix(0, -1).axis_groups(2)
+    assert Named(in_axes=0, out_axes=1, name="head").name == "head"
+    w = jnp.arange(24.0).reshape(3, 1, 4, 2)
+    image, conv = Image((4, 5), strides=2, padding=1), sn_jax.Conv((4, 5), strides=2, padding=1)
+    x = jnp.ones(conv.domain(w.shape))
+    np.testing.assert_array_equal(image.matvec(w, x), conv.matvec(w, x))
+    with pytest.raises(ValueError, match="each axis once"):
+        Named((0, 0), 1)
