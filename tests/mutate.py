@@ -18,9 +18,15 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-# The quickest to fail come first.
-TESTS = ("core", "silence", "contract", "testing", "conv", "transforms", "norms", "nnx", "linen",
-         "package", "sharding")  # fmt: skip
+# The quickest to fail come first; then what uses the file, or all that use the library.
+FIRST = ("core", "silence", "contract", "testing")
+THEN = {
+    "_power.py": ("norms", "transforms", "jax_ecosystem"),
+    "_views.py": ("conv", "convert", "norms", "sharding"),
+    "_operator.py": ("product", "programs", "sharding"),
+    "_core.py": ("transforms", "package", "jax_ecosystem", "sharding"),
+}
+ELSE = ("conv", "transforms", "norms", "nnx", "linen", "package", "sharding")
 COMPARISONS = {
     ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt, ast.Eq: ast.NotEq,
     ast.NotEq: ast.Eq, ast.In: ast.NotIn, ast.NotIn: ast.In, ast.Is: ast.IsNot, ast.IsNot: ast.Is,
@@ -105,20 +111,22 @@ def fails(source: str, path: Path, workers: int) -> str:
     with tempfile.TemporaryDirectory() as folder:
         shutil.copytree(ROOT / "sn_jax", Path(folder) / "sn_jax")
         (Path(folder) / "sn_jax" / path.name).write_text(source)
-        tests = [str(ROOT / "tests" / f"test_{name}.py") for name in TESTS]
         env = os.environ | {"PYTHONPATH": os.pathsep.join([folder, str(ROOT)])}
-        command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-n",
-                   str(workers), "--no-header", "--tb=no", *tests]  # fmt: skip
-        try:
-            done = subprocess.run(
-                command, env=env, cwd=ROOT, capture_output=True, text=True, timeout=1200
-            )
-        except subprocess.TimeoutExpired:
-            return "no end"
-    if done.returncode == 0:
-        return ""
-    failed = [line for line in done.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
-    return failed[0].split(" - ")[0] if failed else f"exit code {done.returncode}"
+        for names in (FIRST[:1], FIRST[1:], THEN.get(path.name, ELSE)):
+            tests = [str(ROOT / "tests" / f"test_{name}.py") for name in names]
+            command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-n",
+                       str(workers), "--no-header", "--tb=no", *tests]  # fmt: skip
+            try:
+                done = subprocess.run(
+                    command, env=env, cwd=ROOT, capture_output=True, text=True, timeout=1800
+                )
+            except subprocess.TimeoutExpired:
+                return "no end"
+            if done.returncode:
+                lines = done.stdout.splitlines()
+                failed = [line for line in lines if line.startswith(("FAILED", "ERROR"))]
+                return failed[0].split(" - ")[0] if failed else f"exit code {done.returncode}"
+    return ""
 
 
 def main() -> None:
