@@ -20,6 +20,7 @@ from jax import Array, lax
 from jax.sharding import PartitionSpec as P
 
 import sn_jax.linen
+from experiments.cli import check_positive, check_seed
 from experiments.gan.methods import METHODS, Batch
 from experiments.gan.networks import ARCHITECTURES
 
@@ -140,16 +141,12 @@ class Config:
     """Show a progress bar."""
 
     def __post_init__(self) -> None:
-        whole = ("width", "steps", "batch_size", "g_batch_size", "n_dis", "log_every",
-                 "checkpoint_every")  # fmt: skip
-        for name in whole:
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}.")
-        for name in ("learning_rate", "strength", "minutes"):
-            value = getattr(self, name)
-            if value is not None and not 0 < value < float("inf"):
-                raise ValueError(f"{name} must be positive and finite, got {value}.")
+        check_positive(
+            self,
+            whole=("width", "steps", "batch_size", "g_batch_size", "n_dis", "log_every",
+                   "checkpoint_every"),
+            real=("learning_rate", "strength", "minutes"),
+        )  # fmt: skip
         for name in ("b1", "b2", "ema"):
             value = getattr(self, name)
             if value is not None and not 0 <= value < 1:
@@ -165,8 +162,7 @@ class Config:
                 )
             if not self.fid:
                 raise ValueError("fid_every needs numbers of images: give --fid too.")
-        if not 0 <= self.seed < 2**32:
-            raise ValueError(f"seed must be from 0 to {2**32 - 1}, got {self.seed}.")
+        check_seed(self.seed)
         if self.strength is not None and METHODS[self.normalization].strength is None:
             raise ValueError(f"normalization {self.normalization} has no strength.")
 
