@@ -8,6 +8,7 @@ import re
 from collections.abc import Callable
 from functools import lru_cache, partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Literal, NamedTuple
 
 import chex
@@ -172,6 +173,16 @@ class Config:
                      "resume", "progress"}  # fmt: skip
         return {k: v for k, v in dataclasses.asdict(self).items() if k not in elsewhere}
 
+    def program(self) -> "Config":
+        """The options that compiled functions depend on; the others are the defaults."""
+        names = ("architecture", "conditional", "width", "normalization", "loss", "batch_size",
+                 "flip", "dtype")  # fmt: skip
+        return Config(
+            **{name: getattr(self, name) for name in names},
+            g_batch_size=self.g_batch_size or self.batch_size,
+            ema=None if self.ema is None else 0.0,  # whether, not how long
+        )
+
     def adam(self) -> Setting:
         """The setting, with what is given instead."""
         setting = SETTINGS[self.setting]
@@ -327,7 +338,7 @@ def make_training(
     config: Config, image_shape: tuple[int, int, int], n_classes: int = 1
 ) -> Training:
     """The run's functions for images of shape (size, size, channels)."""
-    program = compiled(Program.of(config, image_shape, n_classes))
+    program = compiled(config.program(), image_shape, n_classes)
     adam, strength = config.adam(), config.strength or METHODS[config.normalization].strength
     hyper = Hyper(
         learning_rate=adam.learning_rate,
@@ -358,60 +369,23 @@ def make_training(
     )
 
 
-class Program(NamedTuple):
-    """What the compiled functions depend on."""
-
-    architecture: str
-    image_shape: tuple[int, int, int]
-    n_classes: int
-    conditional: bool
-    width: int
-    method: str
-    loss: str
-    batch_size: int
-    g_batch_size: int
-    ema: bool
-    flip: bool
-    dtype: str
-
-    @classmethod
-    def of(cls, config: Config, image_shape: tuple[int, int, int], n_classes: int) -> "Program":
-        return cls(
-            architecture=config.architecture,
-            image_shape=image_shape,
-            n_classes=n_classes,
-            conditional=config.conditional,
-            width=config.width,
-            method=config.normalization,
-            loss=config.loss,
-            batch_size=config.batch_size,
-            g_batch_size=config.g_batch_size or config.batch_size,
-            ema=config.ema is not None,
-            flip=config.flip,
-            dtype=config.dtype,
-        )
-
-
-class _Functions(NamedTuple):
-    init: Callable[[Hyper, Array], State]
-    discriminator_step: Callable[[Hyper, State, Data, Array], tuple[State, Array]]
-    last_step: Callable[[Hyper, State, Data, Array], tuple[State, dict[str, Array]]]
-    """The last discriminator update of a step, and the generator's."""
-    steps: Callable[[Hyper, State, Data, Array], tuple[State, dict[str, Array]]]
-    sample: Callable[[State, Array, Array], Array]
-    spectra: Callable[[State], tuple[dict[str, Array], dict[str, Array]]]
-
-
 @lru_cache(maxsize=16)
-def compiled(program: Program) -> _Functions:
-    """The functions of all runs whose programs are equal."""
-    size, _, channels = program.image_shape
-    method, loss = METHODS[program.method], LOSSES[program.loss]
+def compiled(program: Config, image_shape: tuple[int, int, int], n_classes: int) -> SimpleNamespace:
+    """The functions of all runs whose programs are equal, by name: those of ``Training`` as they
+    are before they know their ``Hyper``; ``last_step`` is the last discriminator update of a step,
+    and the generator's.
+
+    Args:
+      program: of ``Config.program``.
+      image_shape, n_classes: as in ``make_training``.
+    """
+    size, _, channels = image_shape
+    method, loss = METHODS[program.normalization], LOSSES[program.loss]
     floats = jnp.promote_types(program.dtype, jnp.float32)  # of all but the networks' insides
     networks = ARCHITECTURES[program.architecture]
     shared = {
         "width": program.width,
-        "n_classes": program.n_classes if program.conditional else 0,
+        "n_classes": n_classes if program.conditional else 0,
         "dtype": jnp.dtype(program.dtype),
     }
     generator = networks.generator(size, channels, **shared)
@@ -423,7 +397,7 @@ def compiled(program: Program) -> _Functions:
         """A training batch of images and their labels, and the batch statistics left behind."""
         z_key, label_key = jax.random.split(key)
         z = jax.random.normal(z_key, (n, LATENT), floats)
-        labels = jax.random.randint(label_key, (n,), 0, program.n_classes)
+        labels = jax.random.randint(label_key, (n,), 0, n_classes)
         z, labels = spread((z, labels))
         variables = {"params": params, "batch_stats": stats}
         images, updates = generator.apply(variables, z, labels, train=True, mutable=["batch_stats"])
@@ -444,7 +418,7 @@ def compiled(program: Program) -> _Functions:
     def init(hyper, key):
         key, g_key, d_key, method_key = jax.random.split(key, 4)
         labels = jnp.zeros((1,), jnp.int32)
-        z, x = jnp.zeros((1, LATENT), jnp.float32), jnp.zeros((1, *program.image_shape))
+        z, x = jnp.zeros((1, LATENT), jnp.float32), jnp.zeros((1, *image_shape))
         g_variables = generator.init(g_key, z, labels, train=True)
         d_params = discriminator.init(d_key, x, labels)["params"]
 
@@ -464,7 +438,7 @@ def compiled(program: Program) -> _Functions:
             g_stats=g_stats,
             g_opt=adam_init(g_params),
             # Copies: what is donated with a state must not be in it twice.
-            g_ema=jax.tree.map(jnp.copy, (g_params, g_stats)) if program.ema else (),
+            g_ema=jax.tree.map(jnp.copy, (g_params, g_stats)) if program.ema is not None else (),
             d_params=d_params,
             d_opt=adam_init(d_params),
             d_method=d_method,
@@ -517,7 +491,7 @@ def compiled(program: Program) -> _Functions:
         # Smaller at first, so that the average soon forgets the initial weights.
         decay = jnp.minimum(hyper.ema, (1 + state.step) / (10 + state.step))
         g_ema = ()
-        if program.ema:
+        if program.ema is not None:
             g_ema = optax.incremental_update((g_params, g_stats), state.g_ema, 1 - decay)
         return state._replace(
             step=state.step + 1, g_params=g_params, g_stats=g_stats, g_opt=g_opt, g_ema=g_ema
@@ -545,7 +519,7 @@ def compiled(program: Program) -> _Functions:
 
     @jax.jit
     def sample(state, z, labels):
-        params, stats = state.g_ema if program.ema else (state.g_params, state.g_stats)
+        params, stats = state.g_ema if program.ema is not None else (state.g_params, state.g_stats)
         return generator.apply({"params": params, "batch_stats": stats}, z, labels, train=False)
 
     @jax.jit
@@ -554,7 +528,7 @@ def compiled(program: Program) -> _Functions:
         kernels = {path: w for path, w in weights.items() if w.ndim > 1}
         return method.norms(state.d_params, state.d_method), kernels
 
-    return _Functions(
+    return SimpleNamespace(
         init=init,
         discriminator_step=jax.jit(discriminator_step, donate_argnums=1),
         last_step=jax.jit(last_step, donate_argnums=1),
