@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,7 +18,14 @@ from scipy.sparse.linalg import LinearOperator, eigsh
 
 from sn_jax._ellipsoid import Block, ellipsoid
 from sn_jax._graph import Graph, graph_of
-from sn_jax._operation_norms import MOST_ENTRIES, MOST_ROWS, identity, norm, operation_norm
+from sn_jax._operation_norms import (
+    MOST_ENTRIES,
+    MOST_ROWS,
+    explicit_norm,
+    identity,
+    norm,
+    operation_norm,
+)
 from sn_jax._pieces import Operation, apply, is_linear, rounding_terms
 from sn_jax._sources import RULES, Row, Rows, Source, Sources
 from sn_jax._symbols import UNIT, gamma
@@ -323,7 +331,7 @@ class _Bounds:
             self.outputs = Rows(tuple(Row(((a, 1.0),)) for a in graph.outputs))
         self._maps: dict[tuple[Any, ...], dict[Operation, _Map] | None] = {}
         self._norms: dict[tuple[Any, ...], float] = {}
-        self._operations: dict[Operation, float | None] = {}
+        self._operations: dict[tuple[Operation, Operation], float] = {}
         self.notes = list(graph.notes)
 
     def bound(self, method: str) -> LipschitzBound:
@@ -446,18 +454,15 @@ class _Bounds:
         for node in sorted(order, key=lambda a: a.depth):
             inputs = [known[a] for a in node.args if isinstance(a, Operation)]
             if len(inputs) == 1:
-                if node not in self._operations:
-                    self._operations[node] = operation_norm(node, self.rtol)
-                value = self._operations[node]
-                if value is None:
-                    value = self._by_entries(node)
-                known[node] = _times(_log(value), inputs[0])
-            elif node.op in ("concatenate", "select_n", "dynamic_update_slice"):
+                known[node] = _times(_log(self._factor(node, node.inputs[0])), inputs[0])
+            elif node.op in ("concatenate", "stack", "select_n"):
                 known[node] = _hypot(*inputs)
-            else:
+            elif node.op in ("add", "add_any", "sub"):
                 known[node] = _plus(*inputs)
-                if node.op == "pad":  # the border's value is copied
-                    known[node] = _times(known[node], _log(math.sqrt(node.size)))
+            else:
+                known[node] = _plus(
+                    *(_times(_log(self._factor(node, a)), known[a]) for a in node.inputs)
+                )
         return _hypot(
             *(
                 _plus(*(_times(known[a], _log(float(np.max(np.abs(f), initial=0.0))))
@@ -466,11 +471,18 @@ class _Bounds:
             )
         )  # fmt: skip
 
-    def _by_entries(self, node: Operation) -> float:
-        """sqrt(largest row sum * largest column sum) is at most the Frobenius norm of sums."""
-        (a,) = node.inputs
-        sums = apply(node, {a: np.ones((1, *a.shape))}, absolute=True)
-        return float(np.linalg.norm(sums)) * (1 + 1e-6)
+    def _factor(self, node: Operation, a: Operation) -> float:
+        """The norm of a linear operation in one of its arguments."""
+        if (node, a) not in self._operations:
+            alone = len(node.operands) == 1
+            norm = operation_norm if alone else partial(explicit_norm, a=a)
+            value = norm(node, rtol=self.rtol)
+            if value is None:
+                # |A|_F is at most the length of the sums of absolute values in rows.
+                sums = apply(node, {a: np.ones((1, *a.shape))}, absolute=True)
+                value = float(np.linalg.norm(sums)) * (1 + 1e-6)
+            self._operations[node, a] = value
+        return self._operations[node, a]
 
     def maps(self, rows: tuple[Row, ...]) -> dict[Operation, _Map] | None:
         key = _identity(rows)

@@ -96,6 +96,8 @@ def is_linear(node: Operation) -> bool:
         return sum(constant) == 1
     if node.op == "select_n":
         return constant[0]
+    if node.op in _SCATTER:
+        return constant[1]
     return node.op in _LINEAR and all(constant[_LINEAR[node.op] :])
 
 
@@ -121,7 +123,10 @@ def roots(node: Operation) -> Iterator[Operation]:
 
 def rounding_terms(node: Operation) -> int:
     """How many roundings can lie between an entry of the result and those it is computed from."""
-    if node.op in _INDEXING or node.op in ("select_n", "concatenate", "pad", "neg", "gather"):
+    if node.op in _INDEXING or node.op in (
+        "select_n", "concatenate", "stack", "pad", "neg", "gather", "scatter",
+        "dynamic_update_slice",
+    ):  # fmt: skip
         return 0
     if node.op in _ENTRYWISE:
         return 2
@@ -236,6 +241,15 @@ def _concatenate(params, args, shape, absolute):
     return out
 
 
+def _stack(params, args, shape, absolute):
+    del absolute
+    axis, out = params["axis"] + 1, np.zeros(shape)
+    for i, x in enumerate(args):
+        if not isinstance(x, Constant):
+            out[(slice(None),) * axis + (i,)] = x
+    return out
+
+
 def _reverse(params, args, shape, absolute):
     del shape, absolute
     return np.flip(args[0], _axes(params["dimensions"]))
@@ -290,13 +304,16 @@ _NUMPY: dict[str, Callable[..., Stack]] = {
     "div": _div,
     "select_n": _select,
     "concatenate": _concatenate,
+    "stack": _stack,
     "reduce_sum": lambda p, a, shape, _: np.sum(a[0], _axes(p["axes"])),
     "cumsum": _cumsum,
     "dot_general": _dot,
 }
+# (operand, indices, updates): linear in both others, at constant indices.
+_SCATTER = {"scatter", "scatter-add"}
 # How many of the first arguments of a linear primitive may depend on x.
 _LINEAR = {
-    **dict.fromkeys(("add", "add_any", "sub", "concatenate"), _ANY),
+    **dict.fromkeys(("add", "add_any", "sub", "concatenate", "stack"), _ANY),
     **dict.fromkeys(
         (
             "reshape", "squeeze", "expand_dims", "transpose", "broadcast_in_dim", "slice",
@@ -330,8 +347,8 @@ def _by_jax(node: Operation, args, absolute) -> Stack:
         if isinstance(x, Constant):
             if not jnp.issubdtype(x.value.dtype, jnp.floating):
                 x = np.asarray(x.value)
-            elif node.op in ("pad", "dynamic_update_slice"):
-                x = np.zeros(x.shape)  # a border's values are no linear part
+            elif node.op in ("pad", "dynamic_update_slice", *_SCATTER):
+                x = np.zeros(x.shape)  # what is put there is no linear part
             else:
                 x = _factor(x, absolute)
         values.append(x)
