@@ -4,6 +4,8 @@ import math
 import warnings
 
 import numpy as np
+import scipy.sparse
+from scipy.sparse.csgraph import connected_components
 
 from sn_jax._norms import norm_bounds
 from sn_jax._pieces import Constant, Operation, apply, is_indexing, rounding_terms
@@ -23,11 +25,39 @@ def norm(matrix: np.ndarray, rtol: float, error: float = 0.0, view=None) -> floa
     if view is None:
         if not matrix.any():
             return error
+        if matrix.ndim == 2 and min(matrix.shape) > _SMALL:
+            stacks = _blocks(matrix)
+            if stacks is not None:
+                return max(norm(stack, rtol, error) for stack in stacks)
         view, rtol = Matrix(), min(rtol, 1e-10) if min(matrix.shape[-2:]) <= _SMALL else rtol
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of brackets wider than rtol: the upper end holds
         upper = np.max(norm_bounds(matrix, view, rtol=rtol).upper)  # type: ignore
     return float(np.nextafter(upper + error, math.inf))
+
+
+def _blocks(matrix: np.ndarray) -> list[np.ndarray] | None:
+    """Stacks (k, m, n) of the blocks that some order of rows and columns shows, each once."""
+    if np.count_nonzero(matrix) > matrix.size // 2:
+        return None
+    edges = scipy.sparse.coo_array(matrix)
+    n_rows = matrix.shape[0]
+    graph = scipy.sparse.coo_array(
+        (np.ones(edges.nnz, np.int8), (edges.row, edges.col + n_rows)), (sum(matrix.shape),) * 2
+    )
+    count, label = connected_components(graph, directed=False)
+    if count < 2:
+        return None
+    # Places of one component stand together, in their old order.
+    order = np.argsort(label, kind="stable")
+    groups = np.split(order, np.cumsum(np.bincount(label, minlength=count))[:-1])
+    found: dict[tuple[int, ...], dict[bytes, np.ndarray]] = {}
+    for group in groups:
+        at = np.searchsorted(group, n_rows)
+        block = np.ascontiguousarray(matrix[np.ix_(group[:at], group[at:] - n_rows)])
+        if block.size:
+            found.setdefault(block.shape, {})[block.tobytes()] = block
+    return [np.stack([*blocks.values()]) for blocks in found.values()]
 
 
 def operation_norm(node: Operation, rtol: float) -> float | None:

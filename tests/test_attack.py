@@ -44,6 +44,14 @@ def test_it_is_never_above():
         assert local_lipschitz(lambda x: jnp.tanh(A @ x), x, n_steps=n_steps) <= exact * (1 + 1e-12)
 
 
+def test_the_default_iterates_until_it_is_close():
+    x = jax.random.normal(jax.random.key(2), (4,))
+    exact = np.linalg.norm(jax.jacobian(residual)(x), 2)
+    np.testing.assert_allclose(local_lipschitz(residual, x), exact, rtol=1e-3)
+    # The vector that it starts from is far from the one it finds.
+    assert local_lipschitz(residual, x, n_steps=0) < 0.9 * exact
+
+
 def test_it_is_jitted_and_mapped():
     xs = jax.random.normal(jax.random.key(0), (5, 4))
     single = [float(local_lipschitz(residual, x)) for x in xs]
