@@ -20,15 +20,18 @@ from scipy.sparse.linalg import LinearOperator, eigsh
 
 from sn_jax._ellipsoid import Block, ellipsoid
 from sn_jax._graph import Graph, NoPlatform, graph_of
+from sn_jax._matrix_free import FAILURE, norm_above
 from sn_jax._operation_norms import (
     MOST_ENTRIES,
     MOST_ROWS,
+    convolution,
     explicit_norm,
     identity,
+    is_isometric,
     norm,
     operation_norm,
 )
-from sn_jax._pieces import Operation, apply, is_linear, rounding_terms
+from sn_jax._pieces import Operation, apply, is_linear, products, rounding_terms
 from sn_jax._sources import RULES, Row, Rows, Source, Sources
 from sn_jax._symbols import UNIT, gamma
 
@@ -256,10 +259,10 @@ class _Forms:
       terms: operation -> how many roundings its entries went through.
     """
 
-    def __init__(self, most: int = MOST_ENTRIES):
+    def __init__(self, most: int = MOST_ENTRIES, most_each: int = MOST_ENTRIES):
         self.known: dict[Operation, dict[Operation, tuple[np.ndarray, np.ndarray]]] = {}
         self.terms: dict[Operation, int] = {}
-        self.most, self.kept = most, 0
+        self.most, self.most_each, self.kept = most, most_each, 0
 
     def seed(self, node: Operation) -> None:
         if node.size > MOST_ROWS:
@@ -281,7 +284,7 @@ class _Forms:
                 given = {a: form[source] for a, form in forms.items() if source in form}
                 n = len(next(iter(given.values()))[0])
                 self.kept += n * node.size
-                if n * node.size > MOST_ENTRIES or self.kept > self.most:
+                if n * node.size > self.most_each or self.kept > self.most:
                     raise _TooLargeError
                 stack = apply(node, {a: pair[0] for a, pair in given.items()})
                 sums = apply(node, {a: pair[1] for a, pair in given.items()}, absolute=True)
@@ -329,8 +332,12 @@ class _TooLargeError(Exception):
 class _Bounds:
     """All domains on one graph."""
 
-    def __init__(self, graph: Graph, rtol: float, say: _Progress, started: float = 0.0):
+    def __init__(self, graph: Graph, rtol: float, say: _Progress, started: float = 0.0,
+                 most_entries: int = MOST_ENTRIES):  # fmt: skip
         self.graph, self.rtol, self.say, self.started = graph, rtol, say, started
+        self.most_entries = most_entries
+        self.failures = 0  # of norms that are bounded by random products
+        self._products: dict[tuple[Any, ...], float] = {}
         self.all = Sources(graph.outputs, self.loop)
         self.sources: list[Source] = [self.all.sources[a] for a in self.all.order
                                       if a in self.all.sources]  # fmt: skip
@@ -371,7 +378,8 @@ class _Bounds:
         log_upper, ops = runs[best]
         bounds = tuple((name, _exp(value)) for name, (value, _) in runs.items())
         return LipschitzBound(
-            _exp(log_upper), log_upper, best, tuple(ops), 0.0, bounds,
+            _exp(log_upper), log_upper, best, tuple(ops),
+            0.0 if best == "product" else self.failures * FAILURE, bounds,
             tuple(seconds.items()), tuple(self.notes),
         )  # fmt: skip
 
@@ -411,8 +419,10 @@ class _Bounds:
         carry, rest = params["carry"], params["rest"]
         graph = Graph(carry, list(outputs), frozenset(), [])
         step = _Bounds(graph, self.rtol, self.say)
-        return (step.plain("joint", {carry: 0.0, rest: -math.inf})[0],
-                step.plain("joint", {carry: -math.inf, rest: 0.0})[0])  # fmt: skip
+        found = (step.plain("joint", {carry: 0.0, rest: -math.inf})[0],
+                 step.plain("joint", {carry: -math.inf, rest: 0.0})[0])  # fmt: skip
+        self.failures += step.failures
+        return found
 
     def moves(self, rows: Rows, logs, domain: str, ops: list[Op]) -> float:
         groups = [(row,) for row in rows.rows] if rows.added else [rows.rows]
@@ -433,6 +443,10 @@ class _Bounds:
                 if domain == "joint" and len(maps) > 1 and best < math.inf:
                     best = min(best, self.joint(maps, logs, parts))
                 best = min(best, self.by_corners(rows, logs))
+            else:
+                sources = self.reached(rows)
+                parts = [_times(_log(self.by_products(rows, s)), logs[s]) for s in sources]
+                best = min(best, _plus(*parts))
         else:
             sources = self.reached(rows)
         if sources is not None and len(sources) == 1 and math.isfinite(best):
@@ -501,7 +515,7 @@ class _Bounds:
     def maps(self, rows: tuple[Row, ...]) -> dict[Operation, _Map] | None:
         key = _identity(rows)
         if key not in self._maps:
-            forms = _Forms(4 * MOST_ENTRIES)
+            forms = _Forms(4 * self.most_entries, self.most_entries)
             try:
                 for a in self.reached(rows):
                     forms.seed(a)
@@ -509,6 +523,43 @@ class _Bounds:
             except _TooLargeError:
                 self._maps[key] = None
         return self._maps[key]
+
+    def by_products(self, rows: tuple[Row, ...], source: Operation) -> float:
+        """The norm of rows in one source where no matrix is formed; infinite where the rules are
+        as good."""
+        key = (_identity(rows), source)
+        if key not in self._products:
+            self._products[key] = self._by_products(rows, source)
+        return self._products[key]
+
+    def _by_products(self, rows: tuple[Row, ...], source: Operation) -> float:
+        order, todo = set(), [a for row in rows for a, _ in row.terms]
+        while todo:
+            a = todo.pop()
+            if a is not source and a not in order and a not in self.all.sources and a.op != "x":
+                order.add(a)
+                todo += a.inputs
+        order = sorted(order, key=lambda a: a.depth)
+        ways = [a for a in order if not is_isometric(a)]
+        if len(rows) == 1 and len(rows[0].terms) == 1 and all(len(a.operands) == 1 for a in order):
+            factor = rows[0].terms[0][1]
+            if len(ways) <= 1:
+                return math.inf
+            found = convolution(order) if np.ndim(factor) == 0 else None
+            if found is not None:
+                return abs(factor) * (1 + 4 * UNIT) * norm(*found[:1], self.rtol, *found[1:])
+        self.say(f"products of {rows[0].terms[0][0].where}")
+
+        def combine(known, absolute):
+            sign = np.abs if absolute else lambda x: x
+            return [
+                sum(sign(np.asarray(f, np.float64)) * known[a] for a, f in row.terms if a in known)
+                + np.zeros(row.terms[0][0].shape)
+                for row in rows
+            ]
+
+        self.failures += 1
+        return norm_above(products(order, combine, source))
 
     def norm(self, rows, source: Operation, part: _Map) -> float:
         key = (_identity(rows), source)
@@ -715,6 +766,8 @@ def _leading(blocks: Sequence[np.ndarray], weights, start) -> tuple[float, np.nd
     if n <= 256:
         gram = sum(b.T @ b / w for b, w in zip(blocks, weights, strict=True))
         values, vectors = scipy.linalg.eigh(gram, subset_by_index=[n - 1, n - 1])
+        if not values.size:  # LAPACK's search for one of many equal ones can fail
+            values, vectors = (part[..., -1:] for part in np.linalg.eigh(gram))
     else:
 
         def multiply(x):

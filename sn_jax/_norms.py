@@ -451,8 +451,8 @@ def _is_definite(shift: float, gram: np.ndarray) -> bool:
     shifted.flat[:: len(gram) + 1] += shift
     if len(gram) > _SMALL:
         # In place, several times as fast as NumPy's; the transpose lies in Fortran's order.
-        factor = scipy.linalg.lapack.zpotrf if gram.dtype == complex else scipy.linalg.lapack.dpotrf
-        return factor(shifted.T, lower=1, clean=0, overwrite_a=1)[1] == 0
+        (factorize,) = scipy.linalg.get_lapack_funcs(("potrf",), (shifted,))
+        return factorize(shifted.T, lower=1, clean=0, overwrite_a=1)[1] == 0
     try:
         np.linalg.cholesky(shifted)
     except np.linalg.LinAlgError:

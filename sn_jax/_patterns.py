@@ -43,6 +43,8 @@ def recognized(builder, op: str, args, params, shape) -> Operation | Constant | 
 
 def _is_positive(a: Operation, strictly: bool = False) -> bool:
     """Whether no value is negative, nor zero if asked."""
+    if is_indexing(a.op):
+        return _is_positive(a.inputs[0], strictly)
     if a.op in ("reduce_sum", "reduce_max"):
         (inner,) = a.inputs
         found = _exponential(inner) if a.op == "reduce_sum" else None
@@ -381,6 +383,8 @@ def _logarithm(builder, a: Operation):
         return inner and builder.emit(
             a.op, [inner], a.params, a.shape, a.dtype, builder.here, a.primitive, a.out
         )
+    if a.op == "exp":
+        return a.inputs[0]
     found = _exponential(a.inputs[0]) if a.op == "reduce_sum" else None
     if found is None or not _is_positive(a, strictly=True):
         return None
