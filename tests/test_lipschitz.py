@@ -17,6 +17,7 @@ from jax import lax
 
 import sn_jax
 from experiments.certify.programs import random_program
+from sn_jax import _graph, _lipschitz, _matrix_free
 from sn_jax import linen as sn_linen
 
 
@@ -333,6 +334,67 @@ def test_15_long_scans():
     bound = sn_jax.lipschitz_bound(fn, X, progress=False)
     assert 1 <= bound.upper <= 1.001
     assert any("9000 steps" in op.what for op in bound.ops)
+
+
+# Pieces too large for a matrix, at a lowered limit.
+
+RNG = np.random.default_rng(0)
+KERNELS = [RNG.standard_normal((3, 3, a, b)) / 5 for a, b in ((3, 4), (4, 3))]
+WEIGHT = RNG.standard_normal((108, 60)) / 8
+
+
+def conv(x, kernel, strides=(1, 1)):
+    return lax.conv_general_dilated(
+        x, kernel, strides, "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+    )
+
+
+LARGE = {
+    "two convolutions": lambda x: conv(conv(x, KERNELS[0]), KERNELS[1]),
+    "residual": lambda x: x - conv(conv(x, KERNELS[0]), KERNELS[1]),
+    "pool, dense": lambda x: (x + jnp.pad(x, ((0, 0), (1, 0), (0, 0), (0, 0)))[:, :-1]).reshape(
+        108) @ WEIGHT,
+    "entries": lambda x: jnp.concatenate(
+        [jnp.cumsum(x, 1)[:, ::-1], x.at[0, 1].add(x[0, 0]), x.transpose(0, 2, 1, 3)], 3)
+        @ np.concatenate([np.eye(3), np.ones((3, 3)), KERNELS[0][0, 0, :, :3]]),
+    "windows": lambda x: lax.reduce_window(x, 0.0, lax.add, (1, 2, 2, 1), (1,) * 4, "SAME")
+        - jnp.take(x, np.array([0, 0, 3, 5, 5, 1]), 1),
+    "a mask": lambda x: jnp.where(np.indices((1, 6, 6, 3))[1] > 1, x, 2.0)[0] @ np.ones((3, 2)),
+    "a scaled convolution": lambda x: conv(2 * x + 1, KERNELS[0]) * WEIGHT[:1, None, None, :4] + 3,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", LARGE)
+def test_pieces_without_a_matrix(name):
+    fn, x = LARGE[name], np.zeros((1, 6, 6, 3))
+    graph = _graph.graph_of(fn, x, "cpu")
+    say = _lipschitz._Progress(False)
+    free = _lipschitz._Bounds(graph, 1e-6, say, most_entries=50).bound("merged")
+    exact = stretch(fn, x)
+    found = dict(free.bounds)
+    assert exact * (1 - 1e-12) <= found["merged"] <= exact * 1.015
+    if name == "a scaled convolution":  # which has a view, and that a certificate
+        assert free.failure_probability == 0
+    elif found["merged"] < found["product"]:
+        assert 0 < free.failure_probability <= 1e-9
+        assert "too small with probability" in str(free)
+
+
+def test_products_bound_the_norm_for_most_vectors():
+    """It fails no more often than it may, and follows what rounding can hide."""
+    matrix = RNG.standard_normal((40, 40))
+    norm = np.linalg.norm(matrix, 2)
+    most = np.sqrt(np.abs(matrix).sum(0).max() * np.abs(matrix).sum(1).max())
+    known = _matrix_free.Products(lambda x: x @ matrix.T, lambda y: y @ matrix, 40, most, 50)
+    for failure in (1e-10, 1e-3, 0.3):
+        found = [_matrix_free.norm_above(known, failure=failure, degree=12, seed=s)
+                 for s in range(60)]  # fmt: skip
+        missed = np.mean(np.array(found) < norm)
+        assert missed <= failure + 3 * (failure / 60) ** 0.5
+        assert np.median(found) <= 1.1 * norm
+    rough = _matrix_free.norm_above(known._replace(terms=10**9))
+    assert _matrix_free.norm_above(known) < rough < most
+    assert _matrix_free.norm_above(known._replace(terms=10**12)) == most
 
 
 # Errors.
