@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
+from jax.core import Tracer
 
 from sn_jax._power import power_iteration
 
@@ -104,7 +105,7 @@ def lipschitz_attack(
     import optax
 
     x0 = _floating(x0)
-    if regions and not isinstance(x0, jax.core.Tracer):
+    if regions and not isinstance(x0, Tracer):
         from sn_jax._regions import steepest
 
         place = steepest(fn, np.asarray(x0), regions)
