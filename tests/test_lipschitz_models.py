@@ -22,7 +22,9 @@ from sn_jax.convert import from_torch
 
 pytestmark = pytest.mark.float32
 KEY = jax.random.key(0)
-IMAGE, VECTOR, SIGNAL = jnp.zeros((1, 6, 6, 2)), jnp.zeros((1, 5)), jnp.zeros((1, 7, 3))
+IMAGE, VECTOR, SIGNAL, MANY = (
+    np.zeros(shape, np.float32) for shape in [(1, 6, 6, 2), (1, 5), (1, 7, 3), (12, 5)]
+)
 # What float32 adds to a Jacobian's norm: the certified function is that of real arithmetic.
 ROUNDING = 1e-5
 
@@ -42,7 +44,7 @@ def exactly(fn, x) -> None:
 
 OPTIONS = {
     "dense": (nn.Dense(4), VECTOR, {}),
-    "many rows": (nn.Dense(4), jnp.zeros((12, 5)), {}),  # the kernel is scaled, not the product
+    "many rows": (nn.Dense(4), MANY, {}),  # the kernel is scaled, not the product
     "stateless": (nn.Dense(4), VECTOR, {"stateless": True}),
     "clipped": (nn.Dense(4), VECTOR, {"mode": "clip", "bound": 0.3}),
     "learned scale": (nn.Dense(4), VECTOR, {"use_scale": True}),
@@ -69,7 +71,7 @@ def test_wrapped_linen_layers(name):
 
 NNX_OPTIONS = {
     "linear": (lambda rngs: nnx.Linear(5, 4, rngs=rngs), VECTOR, {}),
-    "many rows": (lambda rngs: nnx.Linear(5, 4, rngs=rngs), jnp.zeros((12, 5)), {}),
+    "many rows": (lambda rngs: nnx.Linear(5, 4, rngs=rngs), MANY, {}),
     "stateless": (lambda rngs: nnx.Linear(5, 4, rngs=rngs), VECTOR, {"stateless": True}),
     "learned scale": (lambda rngs: nnx.Linear(5, 4, rngs=rngs), VECTOR, {"use_scale": True}),
     "v kept": (lambda rngs: nnx.Linear(5, 4, rngs=rngs), VECTOR, {"store_v": True}),
@@ -146,7 +148,8 @@ def test_a_batch_has_the_constant_of_one():
     )
     assert one.keys() == eight.keys()
     for name, value in one.items():
-        np.testing.assert_allclose(eight[name], value, rtol=1e-6)
+        # The ellipsoid is searched for, and the search is shorter the larger the matrices are.
+        np.testing.assert_allclose(eight[name], value, rtol=1e-3 if name == "ellipsoid" else 1e-8)
 
 
 @pytest.mark.parametrize("api", APIS)
@@ -159,7 +162,7 @@ def test_a_converted_torch_network(api):
     torch = {key: np.asarray(value) for key, value in record["state"].items()}
     stats = {"mean": torch["1.running_mean"], "var": torch["1.running_var"]}
     kernels = {i: np.asarray(params[path]["kernel"]).T.copy()
-               for i, path in {7: "Dense_0", 9: "Dense_1"}.items()}  # fmt: skip
+               for i, path in {7: "Dense_1", 9: "Dense_0"}.items()}  # fmt: skip
     kernels |= {i: np.asarray(params[path]["kernel"]).transpose(3, 2, 0, 1).copy()
                 for i, path in {0: "Conv_0", 3: "Conv_1"}.items()}  # fmt: skip
 
@@ -193,7 +196,8 @@ def test_the_discriminators_of_the_experiments(architecture):
     model, x = ARCHITECTURES[architecture].discriminator(width=3), jnp.zeros((1, 8, 8, 1))
     variables = model.init(KEY, x)
     views = sn_jax.linen.views(model, variables, x, conv="operator")
-    state = sn_jax.init(variables["params"], KEY, views, warmup=100)
+    state = sn_jax.init(variables["params"], KEY, views)
+    state = sn_jax.calibrate(variables["params"], state, rtol=1e-4)
     params, _ = sn_jax.spectral_normalize(variables["params"], state, n_steps=0)
     fn = lambda x: model.apply({"params": params}, x)  # noqa: E731
     bounds = dict(sn_jax.lipschitz_bound(fn, x).bounds)
@@ -206,32 +210,41 @@ def test_the_discriminators_of_the_experiments(architecture):
 
 
 def test_the_transformer_example():
+    """RMSNorm bounds what attention multiplies, at 1,000 a layer; without it there is no bound."""
     model, x = Block(2), jnp.zeros((1, 4, 8))
     variables = model.init(KEY, x, None)
-    bound = sn_jax.lipschitz_bound(lambda x: model.apply(variables, x, None)[0], x)
+    fn = lambda x: model.apply(variables, x, None)[0]  # noqa: E731
+    bound = sn_jax.lipschitz_bound(fn, x, method="joint")
+    # Where the variance of an argument is that of epsilon.
+    small = 1e-3 * jax.random.normal(KEY, x.shape)
+    assert 1e3 < attacked(fn, small, scale=1e-3) <= bound.upper < np.inf
+    attention = nn.MultiHeadDotProductAttention(2)
+    variables = attention.init(KEY, x)
+    bound = sn_jax.lipschitz_bound(lambda x: x + attention.apply(variables, x), x)
     assert bound.upper == bound.log_upper == np.inf
     reasons = [op for op in bound.ops if op.reason]
     assert reasons
-    assert all(op.where.startswith("model.py:") for op in reasons)
-    assert all(op.log_bound == np.inf for op in reasons)
-    assert "infinite: model.py:" in str(bound)
+    assert all(op.log_bound == np.inf and op.where for op in reasons)
+    assert f"infinite: {reasons[0].where}: {reasons[0].reason}" in str(bound)
 
 
 CELLS = {
     "LSTM, linen": lambda: nn.RNN(nn.LSTMCell(3)),
     "GRU, linen": lambda: nn.RNN(nn.GRUCell(3)),
-    "LSTM, nnx": lambda: nnx.RNN(nnx.LSTMCell(2, 3, rngs=nnx.Rngs(0)), rngs=nnx.Rngs(1)),
-    "GRU, nnx": lambda: nnx.RNN(nnx.GRUCell(2, 3, rngs=nnx.Rngs(0)), rngs=nnx.Rngs(1)),
+    "LSTM, nnx": lambda: nnx.RNN(nnx.LSTMCell(2, 3, rngs=nnx.Rngs(0))),
+    "GRU, nnx": lambda: nnx.RNN(nnx.GRUCell(2, 3, rngs=nnx.Rngs(0))),
 }
 
 
 @pytest.mark.parametrize("name", CELLS)
 def test_recurrent_cells(name):
     model, x = CELLS[name](), jnp.zeros((1, 3, 2))
-    fn = model
     if isinstance(model, nn.Module):
         variables = model.init(KEY, x)
         fn = lambda x: model.apply(variables, x)  # noqa: E731
+    else:  # it counts the keys it draws, so that a trace needs a copy of its own
+        parts = nnx.split(model)
+        fn = lambda x: nnx.merge(*parts, copy=True)(x)  # noqa: E731
     found = upper(fn, x)
     lower = attacked(fn, x)
     assert 0.1 < lower <= found < 50 * lower
@@ -249,10 +262,10 @@ def test_dilated_max_pools():
     for n in (1, 2):
         x = np.zeros((11,) * n, np.float32)
         x[(4,) * n] = 1
-        found = upper(pool, x)
-        np.testing.assert_allclose(found, 3 ** (n / 2), rtol=1e-6)
-        assert stretch(pool, x) <= found * (1 + ROUNDING)
-        assert stretch(pool, x) >= 3 ** (n / 2) * (1 - ROUNDING)
+        np.testing.assert_allclose(upper(pool, x), 3 ** (n / 2), rtol=1e-6)
+        # JAX has no derivative of these.
+        reached = np.linalg.norm(pool(2 * x) - pool(x)) / np.linalg.norm(x)
+        np.testing.assert_allclose(reached, 3 ** (n / 2), rtol=1e-6)
 
 
 def test_bfloat16_says_so():
