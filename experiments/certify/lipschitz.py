@@ -191,7 +191,7 @@ def under_attack(
         return delta, margin(images + delta, labels) <= 0
 
     delta = jnp.zeros_like(images)
-    fallen = np.asarray(margin(images, labels) <= 0)
+    fallen = np.array(margin(images, labels) <= 0)
     left = []
     for radius in tqdm(radii, desc="attack", unit="radius", disable=not progress):
         for _ in range(steps if radius else 0):
