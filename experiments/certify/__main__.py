@@ -27,7 +27,8 @@ class Config:
     lipschitz_attack: bool = False
     """Attack lipschitz_bound with random programs; continues where it was stopped."""
     nets: bool = False
-    """Bounds of random networks of many kinds by each method of lipschitz_bound, five seeds."""
+    """Bounds of random networks of many kinds by each method of lipschitz_bound, five seeds;
+    continues where it was stopped."""
     cases: int | None = None
     """Cases of an attack; by default 10,000, of --lipschitz-attack 5,000."""
     seed: int = 0
@@ -62,7 +63,7 @@ def main(args: list[str] | None = None) -> int:
         return run(config)
 
     prog = "python -m experiments.certify"
-    kept = "what --lipschitz and --lipschitz-attack had made is kept, and nothing else was written."
+    kept = "what can be continued is kept, and nothing else was written."
     return run_in_folder(Config, prog, args, chosen, kept)
 
 
@@ -129,7 +130,7 @@ def run_lipschitz_attack(config: Config) -> int:
 
 def run_nets(config: Config) -> int:
     """Bound the networks, write nets.json, print the medians."""
-    results = nets.table(config.seed, progress=config.progress)
+    results = nets.table(config.out, config.seed, progress=config.progress)
     path = config.out / "nets.json"
     summary = {"seed": config.seed, "medians": nets.medians(results), "bounds": results}
     write_text(path, json.dumps(summary | provenance(), indent=1))

@@ -16,9 +16,11 @@ from jax import Array
 from tqdm import tqdm
 
 import sn_jax
+from experiments.cli import write_text
+from experiments.gan.loop import read_rows
 from experiments.gan.networks import ARCHITECTURES
 
-SEEDS = 5
+SEEDS, ROWS = 5, "nets.jsonl"
 METHODS = ("product", "merged", "joint", "shift", "ellipsoid")
 dense = partial(nn.Dense, kernel_init=nn.initializers.variance_scaling(1, "fan_in", "normal"))
 conv = partial(nn.Conv, kernel_init=nn.initializers.variance_scaling(1, "fan_in", "normal"))
@@ -119,26 +121,37 @@ NETS = {
 }
 
 
-def table(seed: int = 0, *, progress: bool = False) -> dict[str, dict[str, Any]]:
+def table(out: Path, seed: int = 0, *, progress: bool = False) -> dict[str, dict[str, Any]]:
     """Bounds of each network by each method, and what an attack reaches, for each seed.
 
     Args:
+      out: folder of nets.jsonl, a row a network and seed; those that are there are not run again.
       seed: the first of ``SEEDS`` in turn, of the weights.
       progress: show a bar on stderr.
 
     Returns:
       dict: network -> method -> list of bounds, None where it did not run; also "lower".
     """
-    results: dict[str, dict[str, Any]] = {}
-    with tqdm(total=len(NETS) * SEEDS, unit="network", disable=not progress) as bar:
-        for name, net in NETS.items():
+    rows = read_rows(out, ROWS)
+    write_text(out / ROWS, "".join(json.dumps(row) + "\n" for row in rows))
+    known = {(row["network"], row["seed"]): row["bounds"] for row in rows}
+    every = [(name, seed + i) for i in range(SEEDS) for name in NETS]
+    with (
+        (out / ROWS).open("a") as file,
+        tqdm(every, unit="network", disable=not progress) as bar,
+    ):
+        for name, n in bar:
             bar.set_postfix_str(name)
-            results[name] = {key: [] for key in (*METHODS, "lower")}
-            for i in range(SEEDS):
-                for key, value in _measured(net, seed + i).items():
-                    results[name][key].append(value)
-                bar.update()
-    return results
+            if (name, n) not in known:
+                known[name, n] = _measured(NETS[name], n)
+                row = {"network": name, "seed": n, "bounds": known[name, n]}
+                file.write(json.dumps(row) + "\n")
+                file.flush()
+    return {
+        name: {key: [known[name, seed + i][key] for i in range(SEEDS)]
+               for key in (*METHODS, "lower")}
+        for name in NETS
+    }  # fmt: skip
 
 
 def _measured(net: Net, seed: int) -> dict[str, float | None]:
