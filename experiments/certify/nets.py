@@ -4,8 +4,10 @@ Bounds are for comparison with each other; weights are normal with a variance of
 a network says otherwise.
 """
 
+import json
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
