@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
+from flax.traverse_util import flatten_dict, unflatten_dict
 from jax import Array
 from tqdm import tqdm
 
@@ -56,12 +57,12 @@ class ScannedResidual(nn.Module):
 
 
 class ConvPool(nn.Module):
-    """Images (n, 8, 8, 1): convolution, ReLU and average, twice, then dense."""
+    """Images (n, 8, 8, 1): convolution, average and ReLU, twice, then dense."""
 
     @nn.compact
     def __call__(self, x):
         for features in (8, 16):
-            x = nn.avg_pool(nn.relu(conv(features, (3, 3))(x)), (2, 2), (2, 2))
+            x = nn.relu(nn.avg_pool(conv(features, (3, 3))(x), (2, 2), (2, 2)))
         return dense(10)(x.reshape(len(x), -1))
 
 
@@ -70,7 +71,7 @@ class ResNet(nn.Module):
 
     @nn.compact
     def __call__(self, x):
-        norm = partial(nn.BatchNorm, use_running_average=True)
+        norm = partial(nn.BatchNorm, True, scale_init=nn.initializers.normal(1))
         x = conv(8, (3, 3))(x)
         for _ in range(2):
             y = nn.relu(norm()(conv(8, (3, 3))(x)))
@@ -157,9 +158,15 @@ def table(out: Path, seed: int = 0, *, progress: bool = False) -> dict[str, dict
 
 
 def _measured(net: Net, seed: int) -> dict[str, float | None]:
-    init_key, attack_key = jax.random.split(jax.random.key(seed))
+    init_key, stats_key, attack_key = jax.random.split(jax.random.key(seed), 3)
     x = jnp.zeros(net.shape)
     variables = net.module.init(init_key, x)
+    # Running statistics as training could leave them, for the zeros and ones of a new network.
+    flat = flatten_dict(variables.get("batch_stats", {}))
+    for key, (path, old) in zip(jax.random.split(stats_key, len(flat)), flat.items(), strict=True):
+        new = jax.random.uniform(key, old.shape, minval=0.1, maxval=1.1)
+        flat[path] = new if path[-1] == "var" else jax.random.normal(key, old.shape)
+    variables = {**variables, "batch_stats": unflatten_dict(flat)}
 
     def fn(x):
         return net.module.apply(variables, x)
