@@ -145,7 +145,7 @@ def test_constants_and_pictures(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(lipschitz, "discriminators", lambda *a, **k: {"none": found})
     monkeypatch.setattr(lipschitz, "robustness", lambda *a, **k: dict.fromkeys("ab", classifier))
     assert certify.main(["--lipschitz", "--out", str(tmp_path)]) == 0
-    assert json.loads((tmp_path / "lipschitz.json").read_text())["discriminators"]["none"] == found
+    assert json.loads((tmp_path / "constants.json").read_text())["networks"]["none"] == found
     assert len(list(tmp_path.glob("*.png"))) == 2
     out = capsys.readouterr().out
     for label, *_ in lipschitz.QUANTITIES.values():

@@ -95,24 +95,28 @@ def run_study(config: Config) -> int:
 
 
 def run_lipschitz(config: Config) -> int:
-    """Train and bound, write lipschitz.json and two pictures, print the tables."""
+    """Train and bound, write two files of results and two pictures, print the tables."""
     options = {"seed": config.seed, "progress": config.progress}
-    gan_steps, steps = config.steps or 1000, config.steps or 2000
-    networks = lipschitz.discriminators(gan_steps, out=config.out / "gan", **options)
+    steps = config.steps or 1000
+    networks = lipschitz.discriminators(steps, out=config.out / "gan", **options)
+    title = f"The demo's discriminator on digits, {steps} steps, seed {config.seed}"
+    save_parts(config, "constants", networks, steps, lipschitz.save_constants, title)
+    print(lipschitz.constants_report("discriminator", networks))
+    steps = config.steps or 2000
     classifiers = lipschitz.robustness(steps, **options)
-    summary = {
-        "steps": {"discriminators": gan_steps, "classifiers": steps}, "seed": config.seed,
-        "discriminators": networks, "classifiers": classifiers,
-    } | provenance()  # fmt: skip
-    paths = [config.out / name for name in ("lipschitz.json", "constants.png", "radii.png")]
-    write_text(paths[0], json.dumps(summary, indent=1))
-    title = f"The demo's discriminator on digits, {gan_steps} steps, seed {config.seed}"
-    lipschitz.save_constants(paths[1], networks, title)
     title = f"A classifier of the digits trained for a margin, {steps} steps, seed {config.seed}"
-    lipschitz.save_robustness(paths[2], classifiers, title)
-    print(lipschitz.report(networks, classifiers))
-    print("\nresults  {}\npicture  {}\npicture  {}".format(*paths))
+    save_parts(config, "radii", classifiers, steps, lipschitz.save_robustness, title)
+    print(lipschitz.constants_report("classifier", classifiers))
+    print(lipschitz.radii_report(classifiers))
     return 0
+
+
+def save_parts(config: Config, name: str, results, steps: int, save, title: str) -> None:
+    """Results and their picture, as soon as they are there."""
+    summary = {"steps": steps, "seed": config.seed, "networks": results} | provenance()
+    write_text(config.out / f"{name}.json", json.dumps(summary, indent=1))
+    save(config.out / f"{name}.png", results, title)
+    print(f"results  {config.out / name}.json\npicture  {config.out / name}.png\n")
 
 
 def run_lipschitz_attack(config: Config) -> int:
