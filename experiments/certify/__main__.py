@@ -27,8 +27,10 @@ class Config:
     lipschitz_attack: bool = False
     """Attack lipschitz_bound with random programs; continues where it was stopped."""
     nets: bool = False
-    """Bounds of random networks of many kinds by each method of lipschitz_bound, five seeds;
-    continues where it was stopped."""
+    """Bounds of random networks of many kinds by each method of lipschitz_bound; continues where
+    it was stopped."""
+    seeds: int = 5
+    """Seeds of --nets, from --seed on."""
     cases: int | None = None
     """Cases of an attack; by default 10,000, of --lipschitz-attack 5,000."""
     seed: int = 0
@@ -42,7 +44,7 @@ class Config:
     """Show a progress bar."""
 
     def __post_init__(self) -> None:
-        for name in ("cases", "steps"):
+        for name in ("cases", "steps", "seeds"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}.")
@@ -134,9 +136,14 @@ def run_lipschitz_attack(config: Config) -> int:
 
 def run_nets(config: Config) -> int:
     """Bound the networks, write nets.json, print the medians."""
-    results = nets.table(config.out, config.seed, progress=config.progress)
+    results = nets.table(config.out, config.seeds, config.seed, progress=config.progress)
     path = config.out / "nets.json"
-    summary = {"seed": config.seed, "medians": nets.medians(results), "bounds": results}
+    summary = {
+        "seed": config.seed,
+        "seeds": config.seeds,
+        "medians": nets.medians(results),
+        "bounds": results,
+    }
     write_text(path, json.dumps(summary | provenance(), indent=1))
     print(nets.report(results))
     print(f"\nresults  {path}")

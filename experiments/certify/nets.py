@@ -23,7 +23,7 @@ from experiments.cli import write_text
 from experiments.gan.loop import read_rows
 from experiments.gan.networks import ARCHITECTURES
 
-SEEDS, ROWS = 5, "nets.jsonl"
+ROWS = "nets.jsonl"
 METHODS = ("product", "merged", "joint", "shift", "ellipsoid")
 dense = partial(nn.Dense, kernel_init=nn.initializers.variance_scaling(1, "fan_in", "normal"))
 conv = partial(nn.Conv, kernel_init=nn.initializers.variance_scaling(1, "fan_in", "normal"))
@@ -124,12 +124,15 @@ NETS = {
 }
 
 
-def table(out: Path, seed: int = 0, *, progress: bool = False) -> dict[str, dict[str, Any]]:
+def table(
+    out: Path, n_seeds: int, seed: int = 0, *, progress: bool = False
+) -> dict[str, dict[str, Any]]:
     """Bounds of each network by each method, and what an attack reaches, for each seed.
 
     Args:
       out: folder of nets.jsonl, a row a network and seed; those that are there are not run again.
-      seed: the first of ``SEEDS`` in turn, of the weights.
+      n_seeds: how many.
+      seed: the first, of the weights.
       progress: show a bar on stderr.
 
     Returns:
@@ -138,7 +141,7 @@ def table(out: Path, seed: int = 0, *, progress: bool = False) -> dict[str, dict
     rows = read_rows(out, ROWS)
     write_text(out / ROWS, "".join(json.dumps(row) + "\n" for row in rows))
     known = {(row["network"], row["seed"]): row["bounds"] for row in rows}
-    every = [(name, seed + i) for i in range(SEEDS) for name in NETS]
+    every = [(name, seed + i) for i in range(n_seeds) for name in NETS]
     with (
         (out / ROWS).open("a") as file,
         tqdm(every, unit="network", disable=not progress) as bar,
@@ -151,7 +154,7 @@ def table(out: Path, seed: int = 0, *, progress: bool = False) -> dict[str, dict
                 file.write(json.dumps(row) + "\n")
                 file.flush()
     return {
-        name: {key: [known[name, seed + i][key] for i in range(SEEDS)]
+        name: {key: [known[name, seed + i][key] for i in range(n_seeds)]
                for key in (*METHODS, "lower")}
         for name in NETS
     }  # fmt: skip
