@@ -144,7 +144,7 @@ def run_nets(config: Config) -> int:
         "medians": nets.medians(results),
         "bounds": results,
     }
-    write_text(path, json.dumps(summary | provenance(), indent=1))
+    write_text(path, json.dumps(summary | {"bounds": results} | provenance(), indent=1))
     print(nets.report(results))
     print(f"\nresults  {path}")
     return 0
