@@ -18,14 +18,14 @@ from jax import Array, lax
 from jax.core import Tracer
 from jax.tree_util import register_dataclass
 
-from sn_jax import _power, _serial
+from sn_jax import _bounds, _power, _serial
+from sn_jax._bounds import Norms
 from sn_jax._mesh import carried_as
 from sn_jax._operator import Operator, check_linear
 from sn_jax._rules import (
     Params,
     Rules,
     checked_weight,
-    closest,
     label,
     listing,
     named_leaves,
@@ -33,9 +33,6 @@ from sn_jax._rules import (
     with_leaves,
 )
 from sn_jax._views import Conv, View, kind_of
-
-# A bound for all norms, or for each path; for each element of a batch where it is an array.
-Norms = float | Array | np.ndarray | Mapping[str, float | Array | np.ndarray]
 
 
 @partial(register_dataclass, data_fields=("u", "v", "sigma"), meta_fields=("view",))
@@ -170,7 +167,7 @@ def spectral_normalize(
       n_steps: iterations, ``>= 0``. 0 takes the stored vectors, computes sigma from the current
         parameters, and returns ``state`` unchanged. May be a traced integer.
       bound: c > 0, one number or a mapping path -> number (all paths of ``state``); or arrays of
-        the norms' shape, a number for each batch element.
+        the norms' shape, a number for each batch element; or ``rms_bound(c)`` for any of them.
       mode: "divide" gives norm c; "clip" multiplies by min(1, c / sigma).
       gradient: "through" differentiates sigma; "stop" holds it constant.
 
@@ -224,7 +221,7 @@ def normalized_leaves(params: Params, state: State, *, n_steps, bound, mode, gra
         raise ValueError(f'gradient must be "through" or "stop"; got {gradient!r}.')
     static = n_steps if isinstance(n_steps, int) else None
     weights = weights_of(params, state)
-    bounds = bounds_by_path(bound, state)
+    bounds = _bounds.by_path(bound, state)
     return {
         path: Leaf(w, *_normalize(
             w, state[path], bounds[path], n_steps if static is None else None,
@@ -626,44 +623,3 @@ def _raise_changed(path, w, view, name, expected, got):
         f"but the state holds {got}: the parameter's shape has changed since "
         "sn_jax.init. Make a new state."
     )
-
-
-def bounds_by_path(
-    bound: Norms, state: Mapping[str, Singular | None]
-) -> Mapping[str, float | Array]:
-    """A bound for each path; checked against the shape of its norms where the entry is given."""
-    bounds = bound if isinstance(bound, Mapping) else dict.fromkeys(state, bound)
-    if bounds.keys() != state.keys():
-        missing = sorted(state.keys() - bounds.keys())
-        unknown = sorted(bounds.keys() - state.keys())
-        near = closest(unknown[0], state, 1) if unknown else []
-        raise ValueError(
-            "bound as a mapping needs exactly the paths of the state"
-            + (f"; missing: {listing(missing)}" if missing else "")
-            + (f"; unknown: {listing(unknown)}" if unknown else "")
-            + (f" (the closest to the first is {near[0]})" if near else "")
-            + "."
-        )
-    return {path: _checked_bound(path, value, state[path]) for path, value in bounds.items()}
-
-
-def _checked_bound(path: str, value: Any, singular: Singular | None) -> Any:
-    known = not isinstance(value, Tracer)
-    number = np.asarray(value) if known else value
-    numeric = (jnp.floating, jnp.integer)
-    if not any(jnp.issubdtype(number.dtype, kind) for kind in numeric):
-        raise TypeError(
-            f"bound for {label(path)} must be a positive number, or a mapping from paths to such; "
-            f"got {kind_of(value)}."
-        )
-    if known and not (np.all(number > 0) and np.all(np.isfinite(number))):
-        raise ValueError(
-            f"bound for {label(path)} must be a positive, finite number; got {number}."
-        )
-    norms = number.shape if singular is None else singular.sigma.shape
-    if number.shape not in ((), norms):
-        raise ValueError(
-            f"bound for {label(path)} has shape {number.shape}, but its norms have {norms}: give "
-            "one number, or an array of that shape; where shapes differ, a mapping from paths."
-        )
-    return value if number.shape == () else jnp.asarray(value)

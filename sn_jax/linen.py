@@ -18,7 +18,7 @@ from flax import linen as nn
 from flax import traverse_util
 from flax.core import meta
 
-from sn_jax import _core, _flax, _rules, _trace
+from sn_jax import _bounds, _core, _flax, _rules, _trace
 from sn_jax._flax import ConvView
 from sn_jax._linen_layers import (
     ADAPTERS,
@@ -390,7 +390,7 @@ class SpectralNorm(nn.Module):
     param_dtype: Any = jnp.float32
     error_on_non_matrix: bool = False
     collection_name: str = "batch_stats"
-    bound: _core.Norms = 1.0
+    bound: _bounds.Norms = 1.0
     mode: Literal["divide", "clip"] = "divide"
     gradient: Literal["through", "stop"] = "through"
     conv: ConvView = "reshape"
@@ -524,7 +524,7 @@ class SpectralNorm(nn.Module):
             tree = traverse_util.unflatten_dict(tree)
             found = self._views(params, tree, others, call, task)
             names = (*found.views, *found.at_product)
-            bounds = _core.bounds_by_path(self.bound, dict.fromkeys(names))
+            bounds = _bounds.by_path(self.bound, dict.fromkeys(names))
             leaves = self._normalized(params, found.views, bounds, update_stats)
             changed = _Changed(self, found.at_product, bounds, update_stats)
         normalized = {path: leaf.scaled for path, leaf in leaves.items()}

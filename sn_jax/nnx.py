@@ -17,7 +17,8 @@ import numpy as np
 from flax import nnx
 from jax.core import Tracer
 
-from sn_jax import _core, _flax, _rules, _trace
+from sn_jax import _bounds, _core, _flax, _rules, _trace
+from sn_jax._bounds import RmsBound
 from sn_jax._flax import ConvView
 from sn_jax._nnx import (
     HashableDict,
@@ -166,9 +167,11 @@ class _Options:
         def thawed(bound: Any) -> Any:
             if isinstance(bound, Mapping):
                 return {path: thawed(b) for path, b in bound.items()}
+            if isinstance(bound, RmsBound):
+                return RmsBound(thawed(bound.c))
             return bound.array if isinstance(bound, Values) else bound
 
-        return _core.bounds_by_path(thawed(self.bound), dict.fromkeys(dict(self.views)))
+        return _bounds.by_path(thawed(self.bound), dict.fromkeys(dict(self.views)))
 
 
 _OPTIONS = frozenset(field.name for field in fields(_Options))
@@ -181,6 +184,8 @@ def _frozen_bound(bound: Any) -> Any:
     """A bound that can be hashed: numbers as floats, arrays Values."""
     if isinstance(bound, Mapping):
         return HashableDict({path: _frozen_bound(b) for path, b in bound.items()})
+    if isinstance(bound, RmsBound):
+        return RmsBound(_frozen_bound(bound.c))
     if isinstance(bound, Tracer):
         raise TypeError(
             "bound of SpectralNorm is a static option and cannot be traced: give a number, or use "
@@ -252,7 +257,7 @@ class SpectralNorm(nnx.Module):
         error_on_non_matrix: bool = False,
         update_stats: bool = True,
         rngs: nnx.Rngs,
-        bound: _core.Norms = 1.0,
+        bound: _bounds.Norms = 1.0,
         mode: Literal["divide", "clip"] = "divide",
         gradient: Literal["through", "stop"] = "through",
         conv: ConvView = "reshape",

@@ -338,6 +338,18 @@ def test_clip_scales_down_only(case):
     np.testing.assert_array_equal(grad, jnp.ones_like(w))
 
 
+def test_a_bound_from_rms_to_rms(case):
+    """c sqrt(n_out / n_in) of the matrix, however the view makes it; wherever bound= is taken."""
+    w = jnp.asarray(case.weights(24))
+    state = sn_jax.calibrate({"w": w}, state_of(case, w), rtol=1e-8, max_steps=5000)
+    *_, n_out, n_in = case.to_dense(np.asarray(w)).shape
+    radius = 0.3 * np.sqrt(n_out / n_in)
+    for bound in (sn_jax.rms_bound(0.3), {"w": sn_jax.rms_bound(jnp.full(case.batch, 0.3))}):
+        np.testing.assert_allclose(case.norms(normalize(w, state, bound=bound)), radius, rtol=1e-9)
+    traced = jax.jit(lambda c: normalize(w, state, bound=sn_jax.rms_bound(c)))(0.3)
+    np.testing.assert_allclose(case.norms(traced), radius, rtol=1e-9)
+
+
 def test_stopped_gradient_holds_sigma_constant(case):
     w = jnp.asarray(case.weights(20))
     state = state_of(case, w)
