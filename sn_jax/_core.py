@@ -336,32 +336,50 @@ def calibrate(
     return new
 
 
-def spectral_penalty(params: Params, state: State) -> Array:
-    """Half the sum of squared spectral norms, ``1/2 sum sigma^2``, over leaves and batch axes.
+def spectral_penalty(
+    params: Params, state: State, *, target: Norms = 0.0, power: int | None = None
+) -> Array:
+    r"""How far spectral norms are from a target, summed over leaves and batch axes.
 
-    Spectral norm regularization (Yoshida & Miyato 2017, equation 5): add ``lambda`` times it to
-    a loss. Its gradient for one parameter is ``sigma u v^T``. Update ``state`` once per
-    step with ``spectral_normalize``, whose normalized parameters may be ignored.
+    ``1/2 sum (sigma - t)^2``, which for t = 0 is spectral norm regularization (Yoshida & Miyato
+    2017, equation 5): add ``lambda`` times it to a loss. Its gradient for one parameter is
+    ``(sigma - t) u v^T``. With ``power=k`` it is ``sum (sigma^k - t^k)^2``, which with t = 1
+    and k = 2 keeps networks plastic that learn one task after another (Lewandowski et al. 2024,
+    section 4). Update ``state`` once per step with ``spectral_normalize``, whose normalized
+    parameters may be ignored.
 
     Args:
       params: the pytree that ``state`` was made for.
       state: from ``init`` or ``spectral_normalize``.
+      target: t >= 0, in all the ways of ``bound``: a number, a mapping from paths, an array of the
+        norms' shape, ``rms_bound(c)``.
+      power: an integer k >= 1, or None.
 
     Returns:
       Array: scalar.
 
     Raises:
-      ValueError: ``state`` does not fit ``params``.
+      ValueError: ``state`` does not fit ``params``; ``target`` or ``power`` out of range.
+      TypeError: ``target`` is no number.
 
     Example:
       >>> params = {"kernel": jnp.diag(jnp.array([2.0, 4.0]))}
       >>> state = init(params, jax.random.key(0))
       >>> print(f"{spectral_penalty(params, state):.3f}")
       8.000
+      >>> print(f"{spectral_penalty(params, state, target=1.0, power=2):.3f}")  # (16 - 1)^2
+      225.000
     """
-    squares = [jnp.sum(sigma * sigma) for sigma in spectral_norms(params, state).values()]
-    dtype = jnp.result_type(*squares) if squares else jnp.float32
-    return 0.5 * sum((square.astype(dtype) for square in squares), jnp.zeros((), dtype))
+    if power is not None and not (isinstance(power, int) and power >= 1):
+        raise ValueError(f"power must be an integer >= 1, or None; got {power!r}.")
+    k, targets = power or 1, _bounds.by_path(target, state, "target", zero=True)
+    penalties = []
+    for path, sigma in spectral_norms(params, state).items():
+        gap = sigma**k - jnp.asarray(targets[path], sigma.dtype) ** k
+        penalties.append(jnp.sum(jnp.square(gap)))
+    dtype = jnp.result_type(*penalties) if penalties else jnp.float32
+    total = sum((penalty.astype(dtype) for penalty in penalties), jnp.zeros((), dtype))
+    return total if power else 0.5 * total
 
 
 # One leaf. Each is jitted on its own: called eagerly it compiles once per shape and view, and
