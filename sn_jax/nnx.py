@@ -226,8 +226,9 @@ class SpectralNorm(nnx.Module):
         ``rules=sn_jax.nnx.views(layer, x, conv="operator")``.
       rules: path in the layer -> view or None; from ``views`` for stacked layers, too.
       n_vectors, warmup: as in ``sn_jax.init``.
-      use_scale: multiply each normalized kernel by a learned scale, initially 1 (the gamma of
-        sigma-Reparam, Zhai et al. 2023).
+      use_scale: multiply each normalized kernel by a learned scale (the gamma of sigma-Reparam,
+        Zhai et al. 2023).
+      scale_init: "one", or "sigma" for the scale that gives back the raw kernel at the start.
       stateless: iterate from a fixed start at every call, without a state.
       store_v: keep ``v`` beside ``u``, and take the stored pair in eval, with no iteration:
         ``sigma = <u, W v>``, as torch does. See ``load_state``.
@@ -265,6 +266,7 @@ class SpectralNorm(nnx.Module):
         n_vectors: int = 1,
         warmup: int = 15,
         use_scale: bool = False,
+        scale_init: Literal["one", "sigma"] = "one",
         stateless: bool = False,
         store_v: bool = False,
     ):
@@ -284,6 +286,7 @@ class SpectralNorm(nnx.Module):
             raise ValueError(
                 f"{what}: stateless keeps nothing, and store_v=True keeps v; drop one."
             )
+        _flax.check_scale_init(scale_init, use_scale)
         if any(isinstance(layer, SpectralNorm) for _, layer in nnx.iter_modules(layer_instance)):
             raise ValueError(f"{what}, which holds a SpectralNorm already: wrap a layer once.")
         self.layer_instance: nnx.Module = layer_instance
@@ -347,10 +350,22 @@ class SpectralNorm(nnx.Module):
                 x = jnp.zeros_like(x) if key == "sigma" and not known else x
                 node[key] = SpectralStat(x.astype(param_dtype))
         self.batch_stats: Stats = nnx.data(stats)
+        self.scales: Stats = nnx.data(Stats())
+        if use_scale and scale_init == "sigma" and not known:
+            raise ValueError(
+                f'{what}: scale_init="sigma" needs the kernels as they enter their products, which '
+                "only a call of this layer shows: give rules=sn_jax.nnx.views(layer, x), which say "
+                "how to see every kernel."
+            )
         for path in resolved if use_scale else ():
-            ones = jnp.ones(resolved[path].batch_shape(params[path].shape), param_dtype)
-            scales.at(path.split("/"))["scale"] = nnx.Param(ones)
-        self.scales: Stats = nnx.data(scales)
+            view = resolved[path]
+            if scale_init == "sigma":
+                leaf = self._leaf(path, params[path], view, update_stats=False, warm=False)
+                scale = _flax.raw_scale(leaf).astype(param_dtype)
+            else:
+                scale = jnp.ones(view.batch_shape(params[path].shape), param_dtype)
+            scales.at(path.split("/"))["scale"] = nnx.Param(scale)
+        self.scales = nnx.data(scales)
 
     def set_view(self, use_running_average: bool | None = None, **kwargs: Any) -> dict[str, Any]:
         """Switch between training and eval, for ``nnx.view``.
