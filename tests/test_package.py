@@ -19,15 +19,17 @@ ROOT = Path(__file__).parent.parent
 MODULES = sorted(path.stem for path in (ROOT / "sn_jax").glob("*.py"))
 # The rooms, from the ground up: each imports from lower floors only.
 FLOORS = [
-    {"_mesh", "_slopes"},
+    {"_mesh", "_slopes", "_readers"},
     {"_views"},
     {"_operator", "_serial", "_symbols", "_trace", "_nnx"},
     {"_rules", "_power", "_norms", "_pieces", "_ellipsoid"},
+    {"_bounds"},
     {"_attack", "_core", "_patterns", "_sources", "_operation_norms"},
-    {"_flax", "transforms", "convert", "testing", "_graph"},
+    {"_caps", "_spectra"},
+    {"_flax", "_inspect", "transforms", "convert", "testing", "_graph"},
     {"_linen_layers", "_nnx_layers", "_lipschitz"},
     {"linen", "nnx"},
-    {"__init__"},
+    {"__init__", "__main__"},
 ]
 PUBLIC_MODULES = ["sn_jax", *(f"sn_jax.{name}" for name in MODULES if not name.startswith("_"))]
 
