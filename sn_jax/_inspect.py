@@ -16,7 +16,7 @@ import numpy as np
 
 from sn_jax._norms import norm_bounds, spectral_norm
 from sn_jax._readers import CheckpointError, Leaf
-from sn_jax._rules import WEIGHT_NAMES, closest
+from sn_jax._rules import NO_WEIGHTS, WEIGHT_NAMES, closest
 from sn_jax._spectra import singular_values
 from sn_jax._views import Conv, Matrix, View
 
@@ -149,7 +149,8 @@ def looked_at(
             )
     weights, others, parameters, not_finite = [], 0, 0, 0
     for leaf in progress(leaves):
-        is_weight = len(leaf.shape) > 1 and _FLOATS.match(leaf.dtype)
+        name = re.split(r"[/.]", leaf.name)[-1]
+        is_weight = len(leaf.shape) > 1 and _FLOATS.match(leaf.dtype) and name not in NO_WEIGHTS
         array = leaf.read()
         parameters += array.size
         if not np.issubdtype(array.dtype, np.floating):

@@ -176,7 +176,7 @@ def _safetensors(path: Path, stack: contextlib.ExitStack) -> list[Leaf]:
             header = json.loads(file.read(length))
         except ValueError:
             raise CheckpointError(f"{path} begins as safetensors, but has no header.") from None
-    from safetensors import safe_open
+    from safetensors import safe_open  # pyright: ignore[reportMissingImports]
 
     file: Any = stack.enter_context(safe_open(path, framework="numpy"))
     leaves = []
@@ -200,7 +200,7 @@ def _msgpack(path: Path, stack: contextlib.ExitStack) -> list[Leaf]:
 def _torch(path: Path, stack: contextlib.ExitStack) -> list[Leaf]:
     import pickle
 
-    import torch
+    import torch  # pyright: ignore[reportMissingImports]
 
     options: dict[str, Any] = {"map_location": "cpu", "weights_only": True}
     try:

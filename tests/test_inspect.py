@@ -108,7 +108,8 @@ def test_what_is_printed(tmp_path, capsys):
     bad, stack = DENSE.copy(), RNG.standard_normal((3, 6, 4)).astype(np.float32)
     bad[0, 0], bad[1, 1] = np.nan, np.inf
     half = DENSE.astype(ml_dtypes.bfloat16)
-    tree = {"layer10": {"w": bad}, "layer2": {"w": half}, "stack": {"w": stack}, "b": {"b": bad[0]}}
+    tree = {"layer10": {"w": bad}, "layer2": {"w": half}, "stack": {"w": stack}, "b": {"b": bad[0]},
+            "scanned": {"scale": bad}}  # fmt: skip
     path = tmp_path / "x.msgpack"
     path.write_bytes(serialization.to_bytes(tree))
     picture = tmp_path / "x.png"
@@ -121,7 +122,7 @@ def test_what_is_printed(tmp_path, capsys):
     assert "5.00%" in lines[2]
     assert f"{max(norm(x) for x in stack):.4g}" in lines[3]
     assert "by name" not in lines[3]
-    assert lines[-1].startswith("msgpack: 3 weights, 1 other arrays, 157 parameters, 3 not finite")
+    assert lines[-1].startswith("msgpack: 3 weights, 2 other arrays, 197 parameters, 5 not finite")
     assert picture.stat().st_size > 10_000
     # Without a view, it is said; with None, it is left out.
     assert main(["inspect", str(path), "--no-progress"]) == 0
@@ -219,7 +220,7 @@ def test_a_library_that_is_missing_is_named(tmp_path, capsys, monkeypatch):
 MEMORY = """
 import json, resource, sys
 from pathlib import Path
-from sn_jax import __main__, _readers
+from sn_jax import __main__
 
 small, large, margin = sys.argv[1:]
 
@@ -252,8 +253,8 @@ MIB = 2**20
 @pytest.mark.skipif(sys.platform != "linux", reason="RLIMIT_DATA counts what is mapped on Linux")
 @pytest.mark.parametrize("kind", ["safetensors", "orbax", "torch", "npz"])
 def test_a_file_of_500_mb_is_read_leaf_by_leaf(kind, tmp_path):
-    """Under the system's limit on data, of which stacks of orbax's threads are a part and torch's map
-    of the file, though its pages are the system's; beside these, with less than 200 MB."""
+    """Under a limit of the system's, which counts stacks of orbax's threads and torch's map of the
+    file, too, whose pages are not the process's own."""
 
     def arrays(mib, n):
         return {f"layer{i}/bias": np.zeros(mib * MIB // 4, np.float32) for i in range(n)}
@@ -285,7 +286,7 @@ def test_a_file_of_500_mb_is_read_leaf_by_leaf(kind, tmp_path):
         capture_output=True, text=True, cwd=ROOT,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr[-2000:]
-    assert json.loads(result.stdout.splitlines()[-1]) < 200
+    assert json.loads(result.stdout.splitlines()[-1]) < 300
 
 
 def test_as_a_program_without_any_extra(tmp_path):
