@@ -189,7 +189,7 @@ def _meetings(view: Conv, axis: int, kernel_size: int) -> np.ndarray:
     Off the diagonal zero, unless a kernel is wrapped around or reflected into a smaller image.
     """
     with jax.ensure_compile_time_eval():  # also where a program is being traced
-        single = _symbols.along(replace(view, batch_axes=()), axis)
+        single = _symbols.along(replace(view, batch_axes=(), split=None), axis)
         taps = _symbols.taps_of(single, kernel_size)
     entries = np.ravel_multi_index((taps.out, taps.in_), (taps.n_out, taps.n_in))
     shape = kernel_size, taps.n_out * taps.n_in
