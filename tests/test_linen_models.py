@@ -385,6 +385,10 @@ def test_options_of_the_wrapper():
     half = bake(SpectralNorm(layer, dtype=jnp.bfloat16), plain, X)["params"]["kernel"]
     assert half.dtype == jnp.bfloat16
 
+    by_size = SpectralNorm(layer, warmup=200, bound=sn_jax.rms_bound(0.3))
+    small = bake(by_size, plain, X)["params"]["kernel"]
+    np.testing.assert_allclose(np.linalg.norm(small, 2), 0.3 * 0.5**0.5, rtol=1e-4)
+
     def dot(wrapper):
         """<dL/dW, W>: zero where the gradient goes through sigma."""
         grads = jax.grad(lambda p: wrapper.apply({**plain, "params": p}, X).sum())(plain["params"])

@@ -316,8 +316,10 @@ def test_options_of_the_norm():
     linear = nnx.Linear(8, 4, use_bias=False, rngs=rngs)
     half = bake(SpectralNorm(linear, dtype=jnp.bfloat16, rngs=rngs))
     assert half.kernel[...].dtype == jnp.bfloat16
-    bounded = bake(SpectralNorm(linear, bound=0.5, warmup=100, rngs=rngs))
-    np.testing.assert_allclose(np.linalg.norm(bounded.kernel[...], 2), 0.5, rtol=1e-4)
+    by_size = sn_jax.rms_bound(0.5 * 2**0.5)  # 0.5 for 8 to 4 features
+    for bound in (0.5, by_size, {"kernel": by_size}, sn_jax.rms_bound(jnp.asarray(by_size.c))):
+        bounded = bake(SpectralNorm(linear, bound=bound, warmup=100, rngs=rngs))
+        np.testing.assert_allclose(np.linalg.norm(bounded.kernel[...], 2), 0.5, rtol=1e-4)
 
     def dot(**options):
         """<dL/dW, W>: zero where the gradient goes through sigma."""

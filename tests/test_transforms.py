@@ -324,6 +324,10 @@ class TestComposition:
         for steps, bound in ((1, 1.0), (2, 2.0)):
             params, _ = self.apply(optimizer, steps=steps)
             np.testing.assert_allclose(largest(params), bound, rtol=1e-5 if exact else 0.01)
+        optimizer = factory(RULES, KEY, bound=sn_jax.rms_bound(0.5), exact=exact, n_steps=30)
+        params, _ = self.apply(optimizer)
+        limit = 0.5 * (32 / 48) ** 0.5
+        assert norms(params["dense"]["kernel"]) < limit * (1 + (1e-5 if exact else 0.01))
         optimizer = factory(RULES, KEY, bound=1.0, exact=exact)
         state = optimizer.init(self.params)
         state.hyperparams["bound"] = jnp.array(0.25)
