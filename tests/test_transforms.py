@@ -147,6 +147,19 @@ def test_exact_puts_every_view_onto_the_sphere(case):
         np.testing.assert_allclose(after + again["w"], after, rtol=1e-5, atol=1e-12)
 
 
+@pytest.mark.parametrize("exact", [False, True])
+def test_zero_has_no_direction_to_the_sphere(exact):
+    """It stays zero, and the first update that moves it puts it onto the sphere."""
+    project = project_spectral_norm(RULES, KEY, bound=2.0, mode="divide", exact=exact)
+    zero, identity = {"kernel": jnp.zeros((3, 4))}, {"kernel": 1e-3 * jnp.eye(3, 4)}
+    updates, state = project.update(zero, project.init(zero), zero)
+    np.testing.assert_array_equal(updates["kernel"], 0)
+    updates, state = project.update(identity, state, zero)
+    np.testing.assert_allclose(norms(updates["kernel"]), 2, rtol=1e-4)
+    bad = {"kernel": jnp.full((3, 4), jnp.inf)}
+    assert np.isnan(project.update(bad, state, zero)[0]["kernel"]).all(), "never hidden"
+
+
 def test_on_the_sphere_at_scale_aware_radii_under_muon():
     """The spectral sphere of Muon: the estimate's excess is small, and falls with the steps."""
     shapes = {"up": {"kernel": (32, 128)}, "down": {"kernel": (128, 32)}}
