@@ -365,11 +365,12 @@ class SpectralNorm(nn.Module):
       warmup: power-iteration steps at ``init``.
       use_scale: multiply each normalized kernel by a learned scale, in ``params`` (the gamma of
         sigma-Reparam, Zhai et al. 2023).
-      scale_init: "one", or "sigma" for the scale that gives back the raw kernel at the start.
       stateless: iterate from a fixed start at every call; no collection. For ensembles and
         critics that are called with parameters only.
       store_v: keep v beside u, and use the stored pair without iterating where the call stores
         nothing, as PyTorch's eval does. The collection is then no longer flax's.
+      scale_init: of the learned scale: "one", or "sigma" for the scale that gives back the raw
+        kernel at the start.
 
     Raises:
       ValueError, TypeError: when it is called, as ``__call__`` says; ``layer_instance`` no module.
@@ -399,9 +400,9 @@ class SpectralNorm(nn.Module):
     n_vectors: int = 1
     warmup: int = 15
     use_scale: bool = False
-    scale_init: Literal["one", "sigma"] = "one"
     stateless: bool = False
     store_v: bool = False
+    scale_init: Literal["one", "sigma"] = "one"
 
     @nn.compact
     def __call__(
