@@ -69,9 +69,10 @@ def clip_singular_values(
        [0.  0.  0.5]]
     """
     check_method(method)
+    weights = _core.weights_of(params, state)
     bounds = _bounds.by_path(bound, state)
     changed = {}
-    for path, w in _core.weights_of(params, state).items():
+    for path, w in weights.items():
         view = state[path].view
         check_clippable(path, w, view)
         changed[path] = clip(w, bounds[path], view=view, method=method, cast=True)

@@ -372,9 +372,10 @@ def spectral_penalty(
     """
     if power is not None and not (isinstance(power, int) and power >= 1):
         raise ValueError(f"power must be an integer >= 1, or None; got {power!r}.")
+    norms = spectral_norms(params, state)
     k, targets = power or 1, _bounds.by_path(target, state, "target", zero=True)
     penalties = []
-    for path, sigma in spectral_norms(params, state).items():
+    for path, sigma in norms.items():
         gap = sigma**k - jnp.asarray(targets[path], sigma.dtype) ** k
         penalties.append(jnp.sum(jnp.square(gap)))
     dtype = jnp.result_type(*penalties) if penalties else jnp.float32

@@ -613,9 +613,8 @@ class SpectralNorm(nn.Module):
     def _scale(self, path, leaf):
         def init(_):
             scale = _flax.raw_scale(leaf)
-            return (scale if self.scale_init == "sigma" else jnp.ones_like(scale)).astype(
-                self.param_dtype
-            )
+            scale = scale if self.scale_init == "sigma" else jnp.ones_like(scale)
+            return scale.astype(self.param_dtype)
 
         return self.param(self._key(path, "scale"), init)
 

@@ -185,6 +185,8 @@ def test_errors_are_sentences():
     with pytest.raises(ValueError, match=r"w of shape .* as large as the image"):
         clip_updates(rules).init(params)
     state = sn_jax.init(params, jax.random.key(0), {"w": sn_jax.Matrix((0, 1, 2), 3)})
+    with pytest.raises(TypeError, match=r"The order is \(params, state\)"):
+        sn_jax.clip_singular_values(state, params)
     with pytest.raises(ValueError, match='method must be "svd" or "polar"'):
         sn_jax.clip_singular_values(params, state, method="qr")
     with pytest.raises(ValueError, match="bound for w must be a positive, finite number; got 0"):
