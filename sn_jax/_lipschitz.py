@@ -15,16 +15,19 @@ from typing import Any, NamedTuple
 import numpy as np
 from scipy.sparse.linalg import LinearOperator, eigsh
 
-from sn_jax._ellipsoid import Block, ellipsoid
+from sn_jax._ellipsoid import Block, Ellipsoid, ellipsoid
 from sn_jax._graph import Graph, graph_of
 from sn_jax._operation_norms import MOST_ENTRIES, MOST_ROWS, identity, norm, operation_norm
 from sn_jax._pieces import Operation, apply, is_linear, rounding_terms
 from sn_jax._sources import RULES, Row, Rows, Source, Sources
 from sn_jax._symbols import UNIT, gamma
+from sn_jax._tight import tight
 
-METHODS = ("product", "merged", "joint", "shift", "ellipsoid")
+METHODS = ("product", "merged", "joint", "shift", "ellipsoid", "tight")
 # Entries of all matrices that a domain over all sources keeps, and directions of all sources.
 _MOST_KEPT, _MOST_DIRECTIONS = 2**26, 3000
+# Directions up to which "auto" is tight, which takes a second there and grows with the cube.
+_MOST_TIGHT = 200
 
 
 class Op(NamedTuple):
@@ -98,6 +101,7 @@ def lipschitz_bound(
     *,
     method: str = "auto",
     rtol: float = 1e-6,
+    steps: int = 100,
     progress: bool = True,
 ) -> LipschitzBound:
     r"""A certified Lipschitz constant of any function, read off the function itself.
@@ -113,7 +117,9 @@ def lipschitz_bound(
     - joint: what comes from several sources is bounded as one map of all of them,
       ``min over w > 0 of sqrt(sum w_k) sigma([B_k L_k / sqrt(w_k)])``;
     - shift: a function with slopes in [a, b] is ``(a + b)/2`` times its argument and a rest;
-    - ellipsoid: one ellipsoid holds all that can move together.
+    - ellipsoid: one ellipsoid holds all that can move together;
+    - tight: the best such ellipsoid that has one number for each entry of elementwise functions,
+      by a barrier method (LipSDP-Neuron of Fazlyab et al. 2019, eq. 7, for any graph).
 
     It is the constant of the real-arithmetic function of the constants that ``fn`` has. Examples
     in a batch that do not see each other have the constant of one: give a batch of one.
@@ -121,9 +127,12 @@ def lipschitz_bound(
     Args:
       fn: function of one array, or of a tree that holds one; its results are taken together.
       x: an argument; its shape and dtype count.
-      method: one of "product", "merged", "joint", "shift", "ellipsoid": that one and the cruder
-        ones, of which the least is taken; "auto": all that the size allows.
+      method: one of "product", "merged", "joint", "shift", "ellipsoid", "tight": that one and the
+        cruder ones, of which the least is taken; "auto": all that the size allows, "tight" up to
+        200 directions in x and all sources together.
       rtol: how close norms of single matrices are bounded, > 0.
+      steps: of Newton's method in "tight", >= 1, each a few factorizations of a matrix of all
+        directions; some 50 reach the optimum, and fewer leave a bound that holds.
       progress: whether to say on stderr what is done, after two seconds.
 
     Returns:
@@ -144,12 +153,14 @@ def lipschitz_bound(
         raise ValueError(f"method must be one of {(*METHODS, 'auto')}; got {method!r}.")
     if not rtol > 0:
         raise ValueError(f"rtol must be > 0; got {rtol}.")
+    if steps < 1:
+        raise ValueError(f"steps must be at least 1; got {steps}.")
     say = _Progress(progress)
     results, platform, n_platforms = [], 0, 1
     while platform < n_platforms:
         graph = graph_of(fn, x, platform)
         n_platforms = graph.n_platforms
-        results.append(_Bounds(graph, rtol, say).bound(method))
+        results.append(_Bounds(graph, rtol, say, steps).bound(method))
         platform += 1
     return max(results, key=lambda bound: bound.log_upper)
 
@@ -312,8 +323,8 @@ class _TooLargeError(Exception):
 class _Bounds:
     """All domains on one graph."""
 
-    def __init__(self, graph: Graph, rtol: float, say: _Progress):
-        self.graph, self.rtol, self.say = graph, rtol, say
+    def __init__(self, graph: Graph, rtol: float, say: _Progress, steps: int = 1):
+        self.graph, self.rtol, self.say, self.steps = graph, rtol, say, steps
         self.all = Sources(graph.outputs, self.loop)
         self.sources: list[Source] = [self.all.sources[a] for a in self.all.order
                                       if a in self.all.sources]  # fmt: skip
@@ -332,6 +343,7 @@ class _Bounds:
             return LipschitzBound(0.0, -math.inf, names[0], ())
         runs: dict[str, tuple[float, list[Op]]] = {}
         blocks: list[Block] = []
+        found: Ellipsoid | None = None
         for name in names:
             self.say(name)
             if name in ("product", "merged", "joint"):
@@ -342,8 +354,12 @@ class _Bounds:
                 try:
                     if name == "shift":
                         runs["shift"], blocks = self.shift()
-                    elif blocks:
-                        runs[name] = self.ellipsoid(blocks, runs["shift"][1])
+                    elif name == "ellipsoid" and blocks:
+                        found = ellipsoid(self.graph.x, blocks, self.say)
+                        runs[name] = self.moved(found.upper, found.lengths, runs["shift"][1])
+                    elif found and (method == "tight" or self.directions <= _MOST_TIGHT):
+                        ends = tight(self.graph.x, blocks, found, self.steps, self.say)
+                        runs[name] = self.moved(*ends, runs["shift"][1])
                 except _TooLargeError:
                     self.notes.append(f"{name} did not run: too many directions for one matrix.")
         best = min(runs, key=lambda name: runs[name][0])
@@ -573,11 +589,14 @@ class _Bounds:
 
     # Domains over all directions at once.
 
+    @property
+    def directions(self) -> int:
+        return self.graph.x.size + sum(s.node.size for s in self.sources)
+
     def shift(self):
         """((bound, table), blocks for the ellipsoid), by constants of the rests of sources."""
-        directions = self.graph.x.size + sum(s.node.size for s in self.sources)
         infinite = any(row.is_infinite for s in self.sources for row in s.rows.rows)
-        if infinite or directions > _MOST_DIRECTIONS:
+        if infinite or self.directions > _MOST_DIRECTIONS:
             raise _TooLargeError
         forms, logs, ops = _Forms(_MOST_KEPT), {self.graph.x: 0.0}, []
         forms.seed(self.graph.x)
@@ -588,7 +607,7 @@ class _Bounds:
             key = source.key if shifted and source.key is not None else source.node
             rows = source.rest if shifted and source.rest is not None else source.rows
             if key not in logs:
-                log, block = self._rest(forms, rows, logs, key)
+                log, block = self._rest(forms, rows, logs, key, shifted and source.entrywise)
                 logs[key] = log
                 blocks.append(block)
             stack, sums = identity(key), np.ones((1, *key.shape))
@@ -608,7 +627,9 @@ class _Bounds:
         ops.append(Op("", "output", math.nan, log))
         return (log, ops), [*blocks, block]
 
-    def _rest(self, forms: _Forms, rows: Rows, logs, key) -> tuple[float, Block]:
+    def _rest(
+        self, forms: _Forms, rows: Rows, logs, key, entrywise: bool = False
+    ) -> tuple[float, Block]:
         groups = [(row,) for row in rows.rows] if rows.added else [rows.rows]
         logs_of, maps = [], []
         for group in groups:
@@ -642,11 +663,17 @@ class _Bounds:
                 whole[:, at : at + width] = factor * m.matrix
                 columns[s] = whole, error + factor * m.error + 2 * UNIT * factor * float(
                     np.linalg.norm(m.matrix))  # fmt: skip
-        n = int(np.count_nonzero(_active(rows, key))) if key is not None else 0
-        return total, Block(key, columns, n)
+        active = _active(rows, key) if key is not None else np.zeros(0, bool)
+        n, entries = int(np.count_nonzero(active)), None
+        if (
+            key is not None
+            and entrywise
+            and all(a.shape == key.shape for row in rows.rows for a, _ in row.terms)
+        ):
+            entries = np.tile(np.where(active, np.cumsum(active) - 1, -1), len(groups))
+        return total, Block(key, columns, n, entries)
 
-    def ellipsoid(self, blocks, ops: list[Op]) -> tuple[float, list[Op]]:
-        upper, lengths = ellipsoid(self.graph.x, blocks, self.say)
+    def moved(self, upper: float, lengths, ops: list[Op]) -> tuple[float, list[Op]]:
         table = [op._replace(log_bound=_log(length))
                  for op, length in zip(ops, lengths, strict=False)]  # fmt: skip
         return _log(upper), table

@@ -53,6 +53,7 @@ class Source(NamedTuple):
       rest: of what is left, likewise.
       key: the operation that the rest belongs to; others share it up to its ``sign``.
       reason: why a constant is infinite.
+      entrywise: whether every entry of the rest moves by at most its own entries of the rows.
     """
 
     node: Operation
@@ -64,6 +65,7 @@ class Source(NamedTuple):
     key: Operation | None = None
     sign: float = 1.0
     reason: str = ""
+    entrywise: bool = False
 
 
 # Rules of other primitives: (shapes and constants of its arguments, parameters) -> constant.
@@ -179,7 +181,7 @@ class Sources:
             linear, rest = Row(((root, middle),)), Rows((Row(((root, radius),)),))
         what += f" [{low:.6g}, {high:.6g}]"
         rows = Rows((Row(((root, steepest),)),))
-        self.sources[node] = Source(node, what, steep, rows, linear, rest, node, 1.0, reason)
+        self.sources[node] = Source(node, what, steep, rows, linear, rest, node, 1.0, reason, True)
 
     def _joint(self, node: Operation) -> tuple[Source, Interval]:
         if node.op in RULES:
@@ -199,7 +201,7 @@ class Sources:
             what, sign = ("max", 1.0) if node.op == "larger" else ("min", -1.0)
             ends = [getattr(np, f"{what}imum")(*e) for e in zip(self.ranges[a], self.ranges[b],
                                                                  strict=True)]  # fmt: skip
-            source = Source(node, what, 1.0, rows, linear, rest, gap, sign)
+            source = Source(node, what, 1.0, rows, linear, rest, gap, sign, entrywise=True)
             return source, (float(ends[0]), float(ends[1]))
         if node.op in ("mul", "div", "dot_general") and len(node.operands) == 2:
             return self._product(node)
@@ -257,8 +259,9 @@ class Sources:
                 f"{_range(rb)}"
             )
         return Source(
-            node, f"{node.op} of two", steep, rows, linear, rest, node, 1.0, reason
-        ), values
+            node, f"{node.op} of two", steep, rows, linear, rest, node, 1.0, reason,
+            rest is not None,
+        ), values  # fmt: skip
 
     def _registered(self, node: Operation) -> Source:
         args = [jax.ShapeDtypeStruct(a.shape, a.dtype) if isinstance(a, Operation) else a.value
