@@ -26,8 +26,8 @@ from sn_jax._tight import tight
 METHODS = ("product", "merged", "joint", "shift", "ellipsoid", "tight")
 # Entries of all matrices that a domain over all sources keeps, and directions of all sources.
 _MOST_KEPT, _MOST_DIRECTIONS = 2**26, 3000
-# Directions up to which "auto" is tight, which takes a second there and grows with the cube.
-_MOST_TIGHT = 200
+# Directions up to which "auto" is tight: half a second there, and it grows with the cube.
+_MOST_TIGHT = 300
 
 
 class Op(NamedTuple):
@@ -101,7 +101,7 @@ def lipschitz_bound(
     *,
     method: str = "auto",
     rtol: float = 1e-6,
-    steps: int = 100,
+    steps: int = 50,
     progress: bool = True,
 ) -> LipschitzBound:
     r"""A certified Lipschitz constant of any function, read off the function itself.
@@ -119,7 +119,7 @@ def lipschitz_bound(
     - shift: a function with slopes in [a, b] is ``(a + b)/2`` times its argument and a rest;
     - ellipsoid: one ellipsoid holds all that can move together;
     - tight: the best such ellipsoid that has one number for each entry of elementwise functions,
-      by a barrier method (LipSDP-Neuron of Fazlyab et al. 2019, eq. 7, for any graph).
+      by an interior-point method (LipSDP-Neuron of Fazlyab et al. 2019, eq. 7, for any graph).
 
     It is the constant of the real-arithmetic function of the constants that ``fn`` has. Examples
     in a batch that do not see each other have the constant of one: give a batch of one.
@@ -129,10 +129,10 @@ def lipschitz_bound(
       x: an argument; its shape and dtype count.
       method: one of "product", "merged", "joint", "shift", "ellipsoid", "tight": that one and the
         cruder ones, of which the least is taken; "auto": all that the size allows, "tight" up to
-        200 directions in x and all sources together.
+        300 directions in x and all sources together.
       rtol: how close norms of single matrices are bounded, > 0.
-      steps: of Newton's method in "tight", >= 1, each a few factorizations of a matrix of all
-        directions; some 50 reach the optimum, and fewer leave a bound that holds.
+      steps: of the interior-point method in "tight", >= 1, each a few factorizations of a matrix of
+        all directions; some 15 reach the optimum, and fewer leave a bound that holds.
       progress: whether to say on stderr what is done, after two seconds.
 
     Returns:

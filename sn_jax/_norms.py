@@ -543,6 +543,8 @@ def _conv_bounds(
         matrices = (blocks_of([matrix], error) for matrix in explicit(kernel, dimensions))
         return *_certify(matrices, rtol), ""
 
+    if not parts.absolute:
+        return 0.0, 0.0, ""
     apply, adjoint, size = _operator(w, view)
     v, _ = _leading(apply, adjoint, size, max(rtol / 10, 1e-5))
     lower = max(0.0, _quotient(apply(v), v, parts.absolute, w.size))

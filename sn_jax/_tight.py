@@ -5,8 +5,9 @@ Multipliers ``t > 0`` of the inequalities ``w_k^2 <= (P_k s)^2`` prove ``|y|^2 <
     M(rho, t) = rho I_x + sum_k t_k (e_k e_k^T - P_k^T P_k) - C^T C
 
 is positive semidefinite (LipSDP-Neuron of Fazlyab et al. 2019, eq. 7, for any graph). The least rho
-is found by a barrier: Newton's method on ``tau rho - log det M`` for growing tau. Every M that it
-passes is positive definite, so that it may stop anywhere, and a certificate follows.
+is found by a primal-dual interior-point method (the direction of Helmberg, Rendl, Vanderbei &
+Wolkowicz 1996, with Mehrotra's corrector). Every M that it passes is positive definite, so that it
+may stop anywhere, and a certificate follows.
 """
 
 import math
@@ -20,8 +21,8 @@ from scipy.linalg import get_lapack_funcs
 from sn_jax._ellipsoid import Block, Ellipsoid, certified, stacked
 
 dpotrf, dtrtri = get_lapack_funcs(("potrf", "trtri"), dtype=float)
-# How fast the barrier fades, and how close rho comes to its least value.
-_GROWTH, _GAP = 10.0, 1e-6
+# How close rho comes to its least value.
+_GAP = 1e-6
 # What cannot move is held by a multiplier so much larger than what sees it.
 _STIFF = 1e8
 
@@ -35,7 +36,7 @@ def tight(
       x: the first source; every length is relative to its own.
       blocks: in order, the outputs last.
       start: what one covariance for each block gives.
-      steps: of Newton's method, at most.
+      steps: of the interior-point method, at most.
       say: told what is done.
     """
     if not 0 < start.squared < math.inf or len(blocks) == 1:
@@ -107,83 +108,79 @@ class _Problem:
         self.outer = self.c.T @ self.c
 
     def matrix(self, t: np.ndarray) -> np.ndarray:
-        """M, with rho the first of t."""
-        out = -self.outer - self.k.T @ (t[self.of_row][:, None] * self.k)
+        """M without its constant part; rho is the first of t."""
+        out = -self.k.T @ (t[self.of_row][:, None] * self.k)
         out[np.diag_indices(len(out))] += t[self.of_column]
         return out
 
-    def value(self, t: np.ndarray, tau: float) -> tuple[float, np.ndarray | None]:
-        """(what is minimized, the Cholesky factor of M); infinite where M is not definite."""
-        if np.min(t) <= 0:
-            return math.inf, None
-        factor, failed = dpotrf(self.matrix(t), lower=1, clean=1)
-        if failed:
-            return math.inf, None
-        return tau * t[0] - 2 * float(np.sum(np.log(np.diag(factor)))), factor
+    def traces(self, a: np.ndarray) -> np.ndarray:
+        """Of a matrix with what every multiplier stands before in M."""
+        return np.bincount(self.of_column, np.diag(a), self.count) - np.bincount(
+            self.of_row, np.sum(self.k @ a * self.k, 1), self.count
+        )
+
+    def pairs(self, a: np.ndarray, b: np.ndarray) -> np.ndarray:
+        """``tr(A_k a A_l b)`` of what two multipliers stand before: of entrywise products, since
+        all of that has rank 2."""
+        parts = []
+        for m in (a, b):
+            seen = m @ self.k.T
+            parts.append((m, seen, self.k @ seen))
+        (aa, ar, rr), (bb, br, ss) = parts
+        between = _summed(_summed(ar * br, self.of_column, self.count).T, self.of_row, self.count)
+        inner = _summed(_summed(aa * bb, self.of_column, self.count).T, self.of_column, self.count)
+        outer = _summed(_summed(rr * ss, self.of_row, self.count).T, self.of_row, self.count)
+        return inner + outer - between - between.T
 
     def solve(self, steps: int, say: Callable[[str], None]) -> tuple[float, np.ndarray]:
         """(rho, all t)."""
         n, wide = len(self.of_column), 1.2
         t = np.full(self.count, wide)
-        while self.value(t, 0.0)[1] is None:
+        while (m := _factor(self.matrix(t) - self.outer)) is None:
             wide = 1 + 4 * (wide - 1)
             if wide > 1e6:
                 return math.inf, t
             t = np.full(self.count, wide)
-        best, tau = t, n / t[0]
-        value, factor = self.value(t, tau)
+        target = np.zeros(self.count)
+        target[0] = 1.0
+        x = _inverse(m) * (t[0] / n)
         for step in range(steps):
-            assert factor is not None
-            gradient, hessian = self.derivatives(factor)
-            gradient[0] += tau
+            inverse = _inverse(m)
+            hessian = self.pairs(x, inverse)
             width = 1 / np.sqrt(np.diag(hessian))
             scaled = hessian * width * width[:, None]
             scaled.flat[:: len(scaled) + 1] += 1e-13
-            try:
-                solved = scipy.linalg.cho_factor(scaled, lower=True, overwrite_a=True)
-            except scipy.linalg.LinAlgError:
+            solved = _factor(scaled)
+            if solved is None:
                 break
-            move = -width * scipy.linalg.cho_solve(solved, width * gradient)
-            decrement = -float(gradient @ move)
-            length, found = 1.0, (math.inf, None)
-            while length > 1e-6:
-                found = self.value(t + length * move, tau)
-                if found[0] <= value - 0.1 * length * decrement + 1e-12 * abs(value):
-                    break
-                length /= 2
-            if found[1] is None:
-                break
-            t = t + length * move
-            value, factor = found
-            best = t if t[0] < best[0] else best
-            say(f"tight: step {step + 1}, {math.sqrt(best[0] * self.start.squared):.6g}")
-            if decrement < 0.5:
-                if n / tau <= _GAP * t[0]:
-                    break
-                tau *= _GROWTH
-                value, factor = self.value(t, tau)
-        return float(best[0]), best
 
-    def derivatives(self, factor: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Gradient and Hessian of ``-log det M``: of the traces of ``M^-1`` with what every
-        multiplier stands before, and with two of them."""
-        half = dtrtri(factor, lower=1)[0]
-        inverse = half.T @ half
-        seen = half @ self.k.T
-        both = seen.T @ seen
-        between = half.T @ seen
-        columns, rows = self.of_column, self.of_row
-        gradient = np.bincount(rows, np.diag(both), self.count)
-        gradient -= np.bincount(columns, np.diag(inverse), self.count)
-        hessian = np.zeros((self.count, self.count))
-        for sign, part, a, b in (
-            (1.0, inverse, columns, columns),
-            (-1.0, between, columns, rows),
-            (-1.0, between.T, rows, columns),
-            (1.0, both, rows, rows),
-        ):
-            hessian += sign * _summed(_summed(part**2, a, self.count).T, b, self.count).T
-        return gradient, hessian
+            def moves(right, mixed, solved=solved, width=width, x=x, inverse=inverse):
+                """The Newton step for a right side; ``mixed`` is what X and M change together."""
+                dt = width * scipy.linalg.cho_solve((solved, True), width * right)
+                dx = (x @ self.matrix(dt) + mixed) @ inverse
+                return dt, -(dx + dx.T) / 2
+
+            gap = float(np.sum(x * (self.matrix(t) - self.outer))) / n
+            gradient = self.traces(inverse)
+            # Affine first, to see how far the barrier may fade, and what is of second order.
+            dt, dx = moves(-target, 0.0)
+            dx -= x
+            at_t, at_x = _longest(self.matrix(t) - self.outer, self.matrix(dt)), _longest(x, dx)
+            after = np.sum((x + at_x * dx) * (self.matrix(t + at_t * dt) - self.outer)) / n
+            centre = gap * min(1.0, max(after / gap, 0.0) ** 3 + 1e-4)
+            mixed = dx @ self.matrix(dt)
+            second = mixed @ inverse
+            dt, dx = moves(centre * gradient - target - self.traces((second + second.T) / 2), mixed)
+            dx += centre * inverse - x
+            at_t, at_x = _longest(self.matrix(t) - self.outer, self.matrix(dt)), _longest(x, dx)
+            m = _factor(self.matrix(t + at_t * dt) - self.outer)
+            if m is None:
+                break
+            t, x = t + at_t * dt, x + at_x * dx
+            say(f"tight: step {step + 1}, {math.sqrt(t[0] * self.start.squared):.6g}")
+            if max(at_t, at_x) < 1e-3 or gap <= _GAP * t[0] / n:
+                break
+        return float(t[0]), t
 
     def covariances(self, rho: float, t: np.ndarray) -> list[Any]:
         """rho / t for every entry of every block, in the units outside."""
@@ -215,3 +212,24 @@ def _summed(matrix: np.ndarray, of_row: np.ndarray, count: int) -> np.ndarray:
     if len(kinds):
         out[kinds] = np.add.reduceat(matrix[order], starts, axis=0)
     return out
+
+
+def _factor(matrix: np.ndarray) -> np.ndarray | None:
+    """The lower Cholesky factor; None where there is none."""
+    factor, failed = dpotrf(matrix, lower=1, clean=1)
+    return None if failed else factor
+
+
+def _inverse(factor: np.ndarray) -> np.ndarray:
+    half = dtrtri(factor, lower=1)[0]
+    return half.T @ half
+
+
+def _longest(matrix: np.ndarray, move: np.ndarray) -> float:
+    """How much of a move, at most all, leaves a matrix well inside of the definite ones."""
+    length = 1.0
+    while length > 1e-6:
+        if _factor(matrix + length / 0.95 * move) is not None:
+            return length
+        length *= 0.8
+    return 0.0

@@ -365,7 +365,7 @@ def test_tight_in_dense_networks(residual):
         nets.append((fn, 3, every_slope(w2, w1, residual * np.eye(3))))
     found = ratios(nets)
     assert found.mean() <= 1.01
-    assert found.min() <= 1 + 1e-6  # there it is exact, and the barrier comes that close
+    assert found.min() <= 1 + 1e-6  # there it is exact
 
 
 def test_tight_in_convolutional_networks():
@@ -403,7 +403,7 @@ def test_tight_on_joint_and_dead_sources():
     lower = max(stretch(fn, 2 * rng.standard_normal(4)) for _ in range(50))
     found = [
         dict(sn_jax.lipschitz_bound(fn, X, method="tight", steps=n, progress=False).bounds)
-        for n in (1, 8, 100)
+        for n in (1, 3, 50)
     ]
     assert lower <= found[2]["tight"] < found[1]["tight"] <= found[0]["tight"]
     assert found[2]["tight"] < 0.95 * found[2]["ellipsoid"]
