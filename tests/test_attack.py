@@ -1,6 +1,5 @@
 """Lipschitz constants from below: known norms, known constants, transformations of JAX."""
 
-import importlib
 from functools import partial
 
 import jax
@@ -8,9 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-# The module has no public name of its own.
-_attack = importlib.import_module("sn_jax._attack")
-local_lipschitz, lipschitz_attack = _attack.local_lipschitz, _attack.lipschitz_attack
+from sn_jax import lipschitz_attack, local_lipschitz
 
 A = np.sin(1.0 + np.arange(16.0).reshape(4, 4))
 B = np.cos(3 * A)
@@ -45,6 +42,14 @@ def test_it_is_never_above():
     exact = np.linalg.norm(jax.jacobian(jnp.tanh)(A @ x) @ A, 2)
     for n_steps in range(6):
         assert local_lipschitz(lambda x: jnp.tanh(A @ x), x, n_steps=n_steps) <= exact * (1 + 1e-12)
+
+
+def test_the_default_iterates_until_it_is_close():
+    x = jax.random.normal(jax.random.key(2), (4,))
+    exact = np.linalg.norm(jax.jacobian(residual)(x), 2)
+    np.testing.assert_allclose(local_lipschitz(residual, x), exact, rtol=1e-3)
+    # The vector that it starts from is far from the one it finds.
+    assert local_lipschitz(residual, x, n_steps=0) < 0.9 * exact
 
 
 def test_it_is_jitted_and_mapped():
