@@ -35,6 +35,8 @@ if TYPE_CHECKING:  # on first use, by __getattr__
     from sn_jax._lipschitz import LipschitzBound as LipschitzBound
     from sn_jax._lipschitz import lipschitz_bound as lipschitz_bound
     from sn_jax._lipschitz import register_lipschitz as register_lipschitz
+    from sn_jax._margins import certified_radius as certified_radius
+    from sn_jax._margins import margin_bounds as margin_bounds
     from sn_jax._norms import Bounds as Bounds
     from sn_jax._norms import GramResult as GramResult
     from sn_jax._norms import gram_iteration as gram_iteration
@@ -57,11 +59,13 @@ __all__ = [
     "State",
     "View",
     "calibrate",
+    "certified_radius",
     "gram_iteration",
     "init",
     "lipschitz_attack",
     "lipschitz_bound",
     "local_lipschitz",
+    "margin_bounds",
     "norm_bounds",
     "power_iteration",
     "register_lipschitz",
@@ -77,6 +81,7 @@ _MODULES = ("convert", "linen", "nnx", "testing", "transforms")
 _LATER = {
     **dict.fromkeys(("lipschitz_attack", "local_lipschitz"), "_attack"),
     **dict.fromkeys(("LipschitzBound", "lipschitz_bound", "register_lipschitz"), "_lipschitz"),
+    **dict.fromkeys(("certified_radius", "margin_bounds"), "_margins"),
     **dict.fromkeys(
         ("Bounds", "GramResult", "gram_iteration", "norm_bounds", "spectral_norm"), "_norms"
     ),

@@ -27,7 +27,7 @@ FLOORS = [
     {"_patterns", "_sources", "_operation_norms"},
     {"_flax", "transforms", "convert", "testing", "_graph"},
     {"_linen_layers", "_nnx_layers", "_lipschitz"},
-    {"linen", "nnx"},
+    {"linen", "nnx", "_margins"},
     {"__init__"},
 ]
 PUBLIC_MODULES = ["sn_jax", *(f"sn_jax.{name}" for name in MODULES if not name.startswith("_"))]
