@@ -18,6 +18,7 @@ import numpy as np
 import scipy.linalg
 from scipy.sparse.linalg import LinearOperator, eigsh
 
+from sn_jax._balls import Balls
 from sn_jax._ellipsoid import Block, Ellipsoid, ellipsoid
 from sn_jax._graph import Graph, NoPlatform, graph_of
 from sn_jax._matrix_free import FAILURE, norm_above
@@ -117,6 +118,7 @@ def lipschitz_bound(
     method: str = "auto",
     rtol: float = 1e-6,
     steps: int = 50,
+    radius: float | None = None,
     progress: bool = True,
 ) -> LipschitzBound:
     r"""A certified Lipschitz constant of any function, read off the function itself.
@@ -146,6 +148,9 @@ def lipschitz_bound(
         cruder ones, of which the least is taken; "auto": all that the size allows, "tight" up to
         300 directions in x and all sources together.
       rtol: how close norms of single matrices are bounded, > 0.
+      radius: of an l2 ball around x, > 0: the constant in it, which is less, and finite for
+        products, exp and attention; None for all of space. By "shift" and what follows it goes to
+        the norm of the Jacobian at x with the radius, but for normalizations and pools.
       steps: of the interior-point method in "tight", >= 1, each a few factorizations of a matrix of
         all directions; some 15 reach the optimum, and fewer leave a bound that holds.
       progress: whether to say on stderr what is done, after two seconds.
@@ -168,6 +173,8 @@ def lipschitz_bound(
         raise ValueError(f"method must be one of {(*METHODS, 'auto')}; got {method!r}.")
     if not rtol > 0:
         raise ValueError(f"rtol must be > 0; got {rtol}.")
+    if radius is not None and not 0 < radius < math.inf:
+        raise ValueError(f"radius must be > 0 and finite, or None for all of space; got {radius}.")
     if steps < 1:
         raise ValueError(f"steps must be at least 1; got {steps}.")
     say = _Progress(progress)
@@ -181,7 +188,11 @@ def lipschitz_bound(
                 raise
             continue
         platforms += [other for other in graph.platforms if other not in platforms]
-        results.append(_Bounds(graph, rtol, say, started, steps=steps).bound(method))
+        balls = None
+        if radius is not None:
+            (centre,) = (leaf for leaf in jax.tree_util.tree_leaves(x) if hasattr(leaf, "shape"))
+            balls = Balls(graph.x, _concrete(centre), radius)
+        results.append(_Bounds(graph, rtol, say, started, steps=steps, balls=balls).bound(method))
     return max(results, key=lambda bound: bound.log_upper)
 
 
@@ -205,6 +216,19 @@ def register_lipschitz(primitive: Any, rule: Callable[..., float]) -> None:
     if not callable(rule):
         raise TypeError(f"rule must be a function (*args, **params) -> float; got {rule!r}.")
     RULES[getattr(primitive, "name", primitive)] = rule
+
+
+def _concrete(x: Any) -> np.ndarray:
+    try:
+        centre = np.asarray(x).astype(np.float64)
+    except (jax.errors.TracerArrayConversionError, TypeError):
+        centre = np.full(1, math.nan)
+    if not np.all(np.isfinite(centre)):
+        raise ValueError(
+            "With radius= the values of x count: give a concrete, finite array, not a traced one "
+            "or a shape."
+        )
+    return centre
 
 
 class _Progress:
@@ -344,13 +368,14 @@ class _Bounds:
     """All domains on one graph."""
 
     def __init__(self, graph: Graph, rtol: float, say: _Progress, started: float = 0.0,
-                 most_entries: int = MOST_ENTRIES, steps: int = 1):  # fmt: skip
+                 most_entries: int = MOST_ENTRIES, steps: int = 1,
+                 balls: Balls | None = None):  # fmt: skip
         self.graph, self.rtol, self.say, self.started = graph, rtol, say, started
         self.steps = steps
         self.most_entries = most_entries
         self.failures = 0  # of norms that are bounded by random products
         self._products: dict[tuple[Any, ...], float] = {}
-        self.all = Sources(graph.outputs, self.loop)
+        self.all = Sources(graph.outputs, self.loop, balls)
         self.sources: list[Source] = [self.all.sources[a] for a in self.all.order
                                       if a in self.all.sources]  # fmt: skip
         self.outputs = Rows(tuple(Row(((a, 1.0),)) for a in dict.fromkeys(graph.outputs)))
