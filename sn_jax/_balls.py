@@ -26,16 +26,25 @@ class Ball(NamedTuple):
       slopes: (x, *shape), what it is a linear function of d by; None where that is not kept.
       rest: by how much it can be off.
       wide: how far from the middle it can be at most.
+      low, high: the values it can have, which may be known better.
     """
 
     mid: np.ndarray
     slopes: np.ndarray | None
     rest: np.ndarray
     wide: np.ndarray
+    low: np.ndarray
+    high: np.ndarray
 
     @property
-    def ends(self) -> tuple[np.ndarray, np.ndarray]:
-        return self.mid - self.wide, self.mid + self.wide
+    def centre(self) -> np.ndarray:
+        return self.low / 2 + self.high / 2
+
+    @property
+    def half(self) -> np.ndarray:
+        """At least the distance of both ends from the centre."""
+        ends = np.maximum(self.high - self.centre, self.centre - self.low)
+        return np.maximum(ends, 0.0) * (1 + 4 * UNIT) + 1e-300
 
 
 class Balls:
@@ -55,7 +64,9 @@ class Balls:
         zero = np.zeros(x.shape)
         wide = zero + radius * (1 + 8 * UNIT) + 4 * UNIT * np.abs(centre)
         rest = zero if slopes is not None else wide
-        self.known: dict[Operation, Ball] = {x: Ball(centre, slopes, rest, wide)}
+        self.known: dict[Operation, Ball] = {
+            x: Ball(centre, slopes, rest, wide, centre - wide, centre + wide)
+        }
 
     def get(self, node: Operation) -> Ball | None:
         return self.known.get(node)
@@ -70,7 +81,13 @@ class Balls:
             wide = (self.radius * length + rest) * (1 + 8 * UNIT)
         wide = wide + 8 * UNIT * np.abs(mid) + 1e-300
         if np.all(np.isfinite(mid)) and np.all(np.isfinite(wide)):
-            self.known[node] = Ball(mid, slopes, rest, wide)
+            self.known[node] = Ball(mid, slopes, rest, wide, mid - wide, mid + wide)
+
+    def clip(self, node: Operation, low: float, high: float) -> None:
+        """What is known of all values of an operation."""
+        if (ball := self.known.get(node)) is not None:
+            low_, high_ = np.clip(ball.low, low, high), np.clip(ball.high, low, high)
+            self.known[node] = ball._replace(low=low_, high=high_)
 
     def linear(self, node: Operation) -> None:
         """Of what is linear up to a constant, in things that are known."""
@@ -88,9 +105,10 @@ class Balls:
             if node.op in ("scatter", "scatter-add"):
                 added = i in (0, 2)
             if isinstance(a, Constant) and added:
-                stand_in = Operation("constant", (), {}, a.shape, np.float64, node.where)
-                fixed[stand_in] = a.array
-                a = stand_in
+                entrywise = node.op in ("add", "add_any", "sub", "select_n")
+                value = np.broadcast_to(a.array, node.shape) if entrywise else a.array
+                a = Operation("constant", (), {}, value.shape, np.float64, node.where)
+                fixed[a] = value
             args.append(a)
         whole = Operation(node.op, tuple(args), node.params, node.shape, node.dtype, node.where,
                           node.primitive, node.out)  # fmt: skip
@@ -99,7 +117,8 @@ class Balls:
         if any(ball.slopes is None for ball in balls.values() if ball) or (
             node.size * self.n_x > _MOST_ENTRIES
         ):
-            slopes, rests = None, {a: ball.wide for a, ball in balls.items() if ball}
+            slopes, rests = None, {a: ball.half for a, ball in balls.items() if ball}
+            mids |= {a: ball.centre for a, ball in balls.items() if ball}
         else:
             stacks = {a: ball.slopes for a, ball in balls.items() if ball}
             slopes = apply(whole, stacks)  # type: ignore

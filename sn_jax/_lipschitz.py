@@ -5,6 +5,7 @@ Every domain bounds how far each source can move for a step of length 1 of x, in
 graph, and in the end how far the outputs move. Constants are kept as logarithms, rounded up.
 """
 
+import contextlib
 import math
 import sys
 import time
@@ -193,7 +194,14 @@ def lipschitz_bound(
             (centre,) = (leaf for leaf in jax.tree_util.tree_leaves(x) if hasattr(leaf, "shape"))
             balls = Balls(graph.x, _concrete(centre), radius)
         results.append(_Bounds(graph, rtol, say, started, steps=steps, balls=balls).bound(method))
-    return max(results, key=lambda bound: bound.log_upper)
+    found = max(results, key=lambda bound: bound.log_upper)
+    if radius is not None and found.log_upper > -math.inf:
+        # What holds everywhere holds in a ball; a function may have no constant outside of it.
+        with contextlib.suppress(ValueError):
+            options: dict[str, Any] = {"method": method, "rtol": rtol, "steps": steps}
+            everywhere = lipschitz_bound(fn, x, **options, progress=progress)
+            found = min(found, everywhere, key=lambda bound: bound.log_upper)
+    return found
 
 
 def register_lipschitz(primitive: Any, rule: Callable[..., float]) -> None:

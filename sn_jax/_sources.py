@@ -28,6 +28,8 @@ _MOST_TOGETHER = 40
 _MARGIN = 1 + 2.0**-40
 # Entries of a softmax whose Jacobian is formed.
 _MOST_SOFTMAX = 1024
+# Arguments of it that are less certain say nothing.
+_WIDEST = 300.0
 
 
 class Row(NamedTuple):
@@ -175,21 +177,25 @@ class Sources:
             else:
                 self.sources[a], self.ranges[a] = self._joint(a)
             ball = balls and balls.get(a)
-            if ball and a.size:
-                low, high = ball.ends
-                self.ranges[a] = (max(self.ranges[a][0], float(low.min())),
-                                  min(self.ranges[a][1], float(high.max())))  # fmt: skip
+            if ball and balls and a.size:
+                balls.clip(a, *self.ranges[a])
+                self.ranges[a] = (max(self.ranges[a][0], float(ball.low.min())),
+                                  min(self.ranges[a][1], float(ball.high.max())))  # fmt: skip
 
     def _elementwise(self, node: Operation, root: Operation, ops: list[Operation]) -> None:
         ball = self.balls and self.balls.get(root)
         if ball and self.balls:
-            lows, highs, values, centre = _slopes_of(node, root, ops, self.ranges[root], ball.ends)
+            lows, highs, values, centre = _slopes_of(
+                node, root, ops, self.ranges[root], (ball.low, ball.high)
+            )
             if centre is not None and np.all(np.isfinite(lows)) and np.all(np.isfinite(highs)):
                 middle, steepest = lows / 2 + highs / 2, np.maximum(np.abs(lows), np.abs(highs))
-                off = np.maximum(highs - middle, middle - lows) * ball.wide * _MARGIN
+                off = np.maximum(highs - middle, middle - lows) * ball.half * _MARGIN
                 # The middle itself is rounded.
-                off = off + (centre[1] - centre[0]) + 2.0**-48 * np.abs(ball.mid) * steepest
-                self.balls.combined(node, centre[0] / 2 + centre[1] / 2, [(root, middle)], off)
+                off = off + (centre[1] - centre[0]) + 2.0**-48 * np.abs(ball.centre) * steepest
+                mid = centre[0] / 2 + centre[1] / 2 + middle * (ball.mid - ball.centre)
+                off = off + 2.0**-48 * np.abs(middle) * (np.abs(ball.mid) + np.abs(ball.centre))
+                self.balls.combined(node, mid, [(root, middle)], off)
         else:
             lows, highs, values, _ = _slopes_of(node, root, ops, self.ranges[root])
         self.ranges[node] = values
@@ -261,7 +267,9 @@ class Sources:
     def _monotone(self, node: Operation, a: Operation) -> None:
         """The ball of what only rises with each of its arguments, from their ends."""
         if self.balls and (ball := self.balls.get(a)) and node.size:
-            low, high = (np.asarray(_rising(node, end), np.float64) for end in ball.ends)
+            low, high = (
+                np.asarray(_rising(node, end), np.float64) for end in (ball.low, ball.high)
+            )
             slack = 2.0**-40 * (np.abs(low) + np.abs(high))
             self.balls.put(node, low / 2 + high / 2, None, (high - low) / 2 + slack)
 
@@ -274,7 +282,7 @@ class Sources:
         assert self.balls is not None
         a, b = node.operands
         side = 1.0 if node.op == "larger" else -1.0
-        above, below = p.ends[0] >= q.ends[1], p.ends[1] <= q.ends[0]
+        above, below = p.low >= q.high, p.high <= q.low
         open_ = ~(above | below)
         first = np.where(open_, 0.5, np.where(above == (side > 0), 1.0, 0.0))
         linear = Row(((a, first), (b, 1.0 - first)))
@@ -292,21 +300,21 @@ class Sources:
         if balls is None:
             return None
         p, q = balls
+        pm, qm = p.centre, q.centre
         if node.op == "mul":
-            slopes = [(q.mid, q.wide), (p.mid, p.wide)]
-            mid, off = p.mid * q.mid, p.wide * q.wide
+            slopes = [(qm, q.half), (pm, p.half)]
+            mid, off = pm * qm, p.half * q.half
         elif node.op == "div":
-            least = np.maximum(q.ends[0], -q.ends[1])
+            least = np.maximum(q.low, -q.high)
             if not np.all(least > 0):
                 return None
-            mid = p.mid / q.mid
+            mid = pm / qm
             # Of 1 / b and -a / b^2, over all values.
-            first = np.sort([1 / q.ends[0], 1 / q.ends[1]], 0)
-            most = (np.abs(p.mid) + p.wide) / least**2
-            second = [-p.mid / q.mid**2, most * (p.wide / np.maximum(
-                np.abs(p.mid) + p.wide, 1e-300) + 4 * q.wide / least)]  # fmt: skip
-            slopes = [(first.mean(0), (first[1] - first[0])), tuple(second)]
-            off = slopes[0][1] * p.wide + slopes[1][1] * q.wide
+            first = np.sort([1 / q.low, 1 / q.high], 0)
+            most = np.abs(pm) + p.half
+            second = -pm / qm**2, p.half / least**2 + 2 * most * q.half / least**3
+            slopes = [(first.mean(0), first[1] - first[0]), second]
+            off = slopes[0][1] * p.half + slopes[1][1] * q.half
         else:
             return self._local_contraction(node, p, q)
         slopes = [(m, w * _MARGIN + 2.0**-40 * np.abs(m)) for m, w in slopes]
@@ -315,8 +323,11 @@ class Sources:
         steep = [np.abs(m) + w for m, w in slopes]
         rows = Rows(tuple(Row(((c, s),)) for c, s in zip((a, b), steep, strict=True)), True)
         assert self.balls is not None
-        off = off * _MARGIN + 2.0**-40 * np.abs(mid)
-        self.balls.combined(node, mid, linear.terms, off)
+        shifts = [m * (ball.mid - ball.centre) for (m, _), ball in zip(slopes, balls, strict=True)]
+        sizes = [np.abs(m) * (np.abs(ball.mid) + np.abs(ball.centre))
+                 for (m, _), ball in zip(slopes, balls, strict=True)]  # fmt: skip
+        off = off * _MARGIN + 2.0**-40 * np.abs(mid) + 2.0**-48 * sum(sizes)
+        self.balls.combined(node, mid + sum(shifts), linear.terms, off)
         factor = max(float(np.max(s, initial=0.0)) for s in steep)
         return Source(node, f"{node.op} of two", factor, rows, linear, rest, node,
                       entrywise=True), _EVERYTHING  # fmt: skip
@@ -334,10 +345,10 @@ class Sources:
         def half(args) -> Operation:
             return Operation("dot_general", args, node.params, node.shape, node.dtype, node.where)
 
-        left, right = half((a, Constant(q.mid))), half((Constant(p.mid), b))
+        left, right = half((a, Constant(q.centre))), half((Constant(p.centre), b))
         linear = Row(((left, 1.0), (right, 1.0)))
-        wide = size(q.wide, batch[1]), size(p.wide, batch[0])
-        steep = [size(np.abs(m.mid) + m.wide, axes)
+        wide = size(q.half, batch[1]), size(p.half, batch[0])
+        steep = [size(np.abs(m.centre) + m.half, axes)
                  for m, axes in ((q, batch[1]), (p, batch[0]))]  # fmt: skip
         rest = Rows((Row(((a, wide[0]),)), Row(((b, wide[1]),))), True)
         rows = Rows((Row(((a, steep[0]),)), Row(((b, steep[1]),))), True)
@@ -345,10 +356,12 @@ class Sources:
             self.balls.linear(part)
         halves = self._balls_of(left, right)
         if halves:
-            # Both are the whole in the middle; the rest is the product of what both are off by.
-            moved = apply(half((a, Constant(q.wide))), {a: p.wide[None]}, absolute=True)[0]
-            mid = halves[0].mid
-            self.balls.combined(node, mid, linear.terms, moved * _MARGIN + 2.0**-40 * np.abs(mid))
+            # a b = a b' + a' b - a' b' + (a - a') (b - b').
+            moved = apply(half((a, Constant(q.half))), {a: p.half[None]}, absolute=True)[0]
+            both = apply(left, {a: p.centre[None]})[0]
+            size_of = apply(left, {a: np.abs(p.centre)[None]}, absolute=True)[0]
+            mid = halves[0].mid + halves[1].mid - both
+            self.balls.combined(node, mid, linear.terms, moved * _MARGIN + 2.0**-36 * size_of)
         return Source(node, "dot_general of two", max(steep), rows, linear, rest,
                       node), _EVERYTHING  # fmt: skip
 
@@ -360,7 +373,9 @@ class Sources:
             return None
         assert self.balls is not None
         (ball,) = balls
-        z, wide = ball.mid.ravel(), ball.wide.ravel()
+        z, wide = ball.centre.ravel(), ball.half.ravel()
+        if wide.max(initial=0.0) > _WIDEST:
+            return None
         k = int(groups.max()) + 1
         top = np.full(k, -math.inf)
         np.maximum.at(top, groups, z)
@@ -394,8 +409,10 @@ class Sources:
         linear = self.balls.get(back)
         if linear is not None:
             moved = np.sqrt(np.bincount(groups, wide**2, k))[groups].reshape(node.shape)
-            # About its own middle, which is J z and not softmax(z).
-            self.balls.combined(node, p.reshape(node.shape), [(back, 1.0)], radius * moved)
+            mid = p + (ball.mid.ravel() - z) @ jacobian
+            rounding = 2.0**-40 * (p + np.abs(ball.mid.ravel() - z) @ np.abs(jacobian))
+            self.balls.combined(node, mid.reshape(node.shape), [(back, 1.0)],
+                                radius * moved + rounding.reshape(node.shape))  # fmt: skip
         if np.max(radius) >= 0.25:
             return None
         return Row(((back, 1.0),)), Rows((Row(((a, radius),)),))
