@@ -642,9 +642,9 @@ class _Bounds:
                 better, best, best_weights = best - value, value, weights
             else:
                 better = 0.0
-            if better <= 1e-5 * best:
-                break
             moved = np.array([np.linalg.norm(b @ u) for b in blocks])
+            if better <= 1e-5 * best or not moved.any():
+                break
             weights = np.sqrt(weights * np.maximum(moved, 1e-12 * moved.max()))
         stacked = np.concatenate(
             [b / math.sqrt(w) for b, w in zip(blocks, best_weights, strict=True)]

@@ -280,37 +280,43 @@ def _quotient(builder, a, b: Operation):
     if found is None:
         return None
     tree, groups = found
-    if isinstance(tree, Operation) and (found := _softmax(builder, a, tree, groups)) is not None:
-        return found
-    a, factors = _without_factors(builder, a)
-    result = None
-    if isinstance(tree, Operation):
-        result = _softmax(builder, a, tree, groups)
-    elif (parts := _root_of(tree)) is not None:
-        result = _normalized(builder, a, *parts, groups)
-    return result and _times(builder, result, factors)
+    for core, factors in _with_and_without_factors(builder, a):
+        result = None
+        if isinstance(tree, Operation):
+            result = _softmax(builder, core, tree, groups)
+        elif (parts := _root_of(tree)) is not None:
+            result = _normalized(builder, core, *parts, groups)
+        if result is not None:
+            return _times(builder, result, factors)
+    return None
 
 
 def _scaled(builder, a: Operation, b: Operation):
     """The same, as a product with a reciprocal, and constant factors anywhere."""
-    for u, scale in ((a, b), (b, a)):
-        u, factors = _without_factors(builder, u)
+    for whole, scale in ((a, b), (b, a)):
         scale, more = _without_factors(builder, scale)
         found = _expression(scale)
-        if found is None or u.shape != scale.shape:
+        if found is None or whole.shape != scale.shape:
             continue
         tree, groups = found
-        result = None
         parts = _reciprocal_root(tree)
-        if parts is not None:
-            result = _normalized(builder, u, *parts, groups)
-        elif isinstance(tree, tuple):
-            total = tree[1] if tree[0] == "power-1" else tree[-1]
-            if tree[0] == "power-1" or tree[:2] == ("div", 1.0):
-                result = _softmax(builder, u, total, groups)
-        if result is not None:
-            return _times(builder, result, [*factors, *more])
+        for u, factors in _with_and_without_factors(builder, whole):
+            result = None
+            if parts is not None:
+                result = _normalized(builder, u, *parts, groups)
+            elif isinstance(tree, tuple):
+                total = tree[1] if tree[0] == "power-1" else tree[-1]
+                if tree[0] == "power-1" or tree[:2] == ("div", 1.0):
+                    result = _softmax(builder, u, total, groups)
+            if result is not None:
+                return _times(builder, result, [*factors, *more])
     return None
+
+
+def _with_and_without_factors(builder, a: Operation):
+    """Of what a group is made, its factors may be a part or not."""
+    core, factors = _without_factors(builder, a)
+    return [(a, [])] if core is a else [(a, []), (core, factors)]
 
 
 def _without_factors(builder, a: Operation) -> tuple[Operation, list[tuple[str, Constant]]]:

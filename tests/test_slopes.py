@@ -3,6 +3,7 @@
 import math
 from functools import partial
 
+import fuzz_slopes
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -436,3 +437,11 @@ DOMAINS = st.just((-inf, inf)) | st.tuples(
 @given(programs(), DOMAINS, st.integers(0, 1000))
 def test_no_quotient_is_outside(nodes, domain, seed):
     check_quotients(nodes, domain, seed)
+
+
+@pytest.mark.parametrize("index", range(40))
+def test_slopes_against_many_digits(index):
+    """The first programs of ``python tests/fuzz_slopes.py``."""
+    rng = np.random.default_rng([0, index])
+    nodes, domain = fuzz_slopes.random_nodes(rng), fuzz_slopes.random_domain(rng)
+    assert fuzz_slopes.violations(nodes, domain, rng) == []

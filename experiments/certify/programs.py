@@ -369,7 +369,7 @@ def _loop(rng, shape, depth):
     return _one_of(rng, (
         lambda x: lax.scan(step, x, scales)[0],
         lambda x: lax.fori_loop(0, n, lambda _, x: 0.5 * x + inner(x), x),
-        lambda x: lax.while_loop(lambda c: c[0] < n, lambda c: (c[0] + 1, inner(c[1])), (0, x))[1],
+        lambda x: lax.fori_loop(0, n, lambda i, x: inner(x + i.astype(x.dtype)), x),
         lambda x: lax.scan(lambda c, _: (lax.scan(step, c, scales[:2])[0], None), x, None, 2)[0],
     ))  # fmt: skip
 
