@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sn_jax._balls import Balls
+from sn_jax._balls import Ball, Balls
 from sn_jax._pieces import ELEMENTWISE, Constant, Operation, apply, is_indexing, is_linear, roots
 from sn_jax._scalar import Node, Ref, Unknown
 from sn_jax._slopes import Jump, slopes, slopes_on
@@ -273,11 +273,11 @@ class Sources:
             slack = 2.0**-40 * (np.abs(low) + np.abs(high))
             self.balls.put(node, low / 2 + high / 2, None, (high - low) / 2 + slack)
 
-    def _balls_of(self, *operands: Operation):
-        found = [self.balls.get(a) if self.balls else None for a in operands]
-        return found if all(found) else None
+    def _balls_of(self, *operands: Operation) -> list[Ball] | None:
+        found = [ball for a in operands if self.balls and (ball := self.balls.get(a))]
+        return found if len(found) == len(operands) else None
 
-    def _decided(self, node: Operation, p, q) -> tuple[Row, Rows]:
+    def _decided(self, node: Operation, p: Ball, q: Ball) -> tuple[Row, Rows]:
         """The larger or smaller of two, which is one of them where their ranges are apart."""
         assert self.balls is not None
         a, b = node.operands
@@ -332,7 +332,7 @@ class Sources:
         return Source(node, f"{node.op} of two", factor, rows, linear, rest, node,
                       entrywise=True), _EVERYTHING  # fmt: skip
 
-    def _local_contraction(self, node: Operation, p, q) -> tuple[Source, Interval]:
+    def _local_contraction(self, node: Operation, p: Ball, q: Ball) -> tuple[Source, Interval]:
         assert self.balls is not None
         a, b = node.operands
         batch = node.params["dimension_numbers"][1]

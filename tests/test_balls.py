@@ -7,6 +7,7 @@ import pytest
 from jax import lax
 
 import sn_jax
+from experiments.certify.programs import random_program
 
 W = [jnp.asarray(np.random.default_rng(i).standard_normal((6, 6)) / 2) for i in range(4)]
 relu = jax.nn.relu
@@ -105,3 +106,17 @@ def test_what_is_asked_of_x():
         local(jnp.sin, jax.ShapeDtypeStruct((2,), np.float32), 1.0)
     with pytest.raises(ValueError, match="values of x count"):
         local(jnp.sin, np.array([np.nan]), 1.0)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_random_programs_in_a_ball(seed):
+    """Of all kinds of operations; 42 more were tried once."""
+    fn, x = random_program(np.random.default_rng(seed))
+    rng = np.random.default_rng(seed)
+    radius = (0.01, 0.3)[seed % 2] * np.linalg.norm(x)
+    steps = rng.standard_normal((12, *x.shape))
+    steps *= radius / np.linalg.norm(steps.reshape(12, -1), axis=1).reshape(12, *[1] * x.ndim)
+    # Forwards, since loops may not be differentiated backwards.
+    jacobians = jax.vmap(jax.jacfwd(lambda x: jnp.ravel(fn(x))))(x + steps)
+    lower = np.linalg.norm(np.asarray(jacobians).reshape(12, -1, x.size), 2, (-2, -1)).max()
+    assert lower <= local(fn, x, radius, "ellipsoid").upper * (1 + 1e-9)
