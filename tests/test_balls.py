@@ -89,6 +89,21 @@ def test_of_one_number():
     assert local(lambda x: relu(x) * 2 + x, -x, 0.4).upper == pytest.approx(1, rel=1e-9)
 
 
+def test_what_bends_twice():
+    """exp(exp(x)), exp(x^2) and a softmax of a square: steepest at the end of the interval, where
+    values are off the linear part of the first."""
+    x, radius = np.array([0.5]), 0.4
+    end = 0.5 + radius
+    cases = [
+        (lambda x: jnp.exp(jnp.exp(x)), np.exp(end + np.exp(end))),
+        (lambda x: jnp.exp(x * x), 2 * end * np.exp(end**2)),
+        (lambda x: jnp.exp(9 * jax.nn.softmax(jnp.concatenate([x, -x]))[1:]), None),
+    ]
+    for fn, exact in cases:
+        exact = exact or found(fn, x, radius)
+        assert exact <= local(fn, x, radius).upper <= 99 * exact
+
+
 def test_affine_arithmetic_is_of_the_euclidean_ball():
     """Intervals alone would see sums of absolute values: here the kinks are just out of reach."""
     w = np.asarray(W[0])
