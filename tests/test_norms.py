@@ -414,6 +414,8 @@ def test_nothing_has_norm_zero():
     for padding in ("SAME", "CIRCULAR"):
         assert tuple(norm_bounds(zeros, Conv(5, padding=padding))) == (0, 0)
     assert spectral_norm(zeros, Conv(50)) == 0
+    # Along the band.
+    assert tuple(norm_bounds(np.zeros((3, 3, 5, 5)), Conv((17, 17)))) == (0, 0)
 
 
 def test_subnormal_and_huge_weights():
