@@ -216,7 +216,7 @@ def norm_bounds(
     ``upper / lower - 1 <= rtol`` for every matrix, and for every convolution whose factorization
     is within ``work``: those that are circular (their stride dividing the size) need little, and
     those with borders about ``n b^2`` operations, with n the numbers on their smaller side and b
-    those in ``k - 1`` rows of an image, k the kernel's size: 2e11 for 5x5 taps on 12x12x64, 3e12
+    those in ``k - 1`` rows of an image, k the kernel's size: 1e11 for 5x5 taps on 12x12x64, 1.4e12
     for 3x3 taps on 32x32x64. Beyond that the upper end is the norm of the convolution without
     borders (on a grid large enough not to wrap around, or on a coarser one times ``1 / cos``),
     usually some 1 % to 3 % too large; a warning says so.
