@@ -161,7 +161,8 @@ def lipschitz_bound(
 
     Raises:
       ValueError: a jump, a branch or loop on x, a primitive of which nothing is known
-        (``register_lipschitz``), an unknown method.
+        (``register_lipschitz``), an unknown method; ``rtol``, ``steps`` or ``radius`` out of range,
+        or values of x that a radius needs and that are not there.
       TypeError: not one floating-point array in ``x``.
 
     Example:
@@ -169,6 +170,8 @@ def lipschitz_bound(
       >>> bound = lipschitz_bound(lambda x: jnp.tanh(2 * x) + x, jnp.zeros(3))
       >>> print(f"{bound.upper:.6f}")
       3.000000
+      >>> print(f"{lipschitz_bound(jnp.exp, jnp.zeros(3), radius=1.0).upper:.4f}")
+      2.7183
     """
     if method not in (*METHODS, "auto"):
         raise ValueError(f"method must be one of {(*METHODS, 'auto')}; got {method!r}.")
