@@ -9,10 +9,12 @@ from typing import Literal, get_args
 from tqdm import tqdm
 
 from experiments.bench import (
+    caps,
     comm,
     compile,
     conv,
     gan,
+    lipschitz,
     memory,
     norms,
     scaling,
@@ -25,8 +27,9 @@ from experiments.bench.timing import Row
 from experiments.cli import aligned, check_writable, command, provenance, write_text
 
 Suite = Literal[
-    "transform", "step", "compile", "tracking", "memory", "conv", "scaling", "norms", "comm", "gan"
-]
+    "transform", "step", "compile", "tracking", "memory", "conv", "scaling", "norms", "caps",
+    "lipschitz", "comm", "gan",
+]  # fmt: skip
 SUITES = {
     "transform": transform.rows,
     "step": step.rows,
@@ -36,6 +39,8 @@ SUITES = {
     "conv": conv.rows,
     "scaling": scaling.rows,
     "norms": norms.rows,
+    "lipschitz": lipschitz.rows,
+    "caps": caps.rows,
     "comm": comm.rows,
     "gan": gan.rows,
 }
