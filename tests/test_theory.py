@@ -176,9 +176,14 @@ def test_figures_are_drawn_again_from_the_numbers(tmp_path, capsys):
 
 @pytest.mark.parametrize(
     ("args", "match"),
-    [(["everything"], "invalid choice"), (["ties", "--out", "/dev/null/x"], "cannot be used")],
+    [
+        (["everything"], "invalid choice"),
+        (["ties", "--out", "/dev/null/x"], "cannot be used"),
+        (["ties", "--redraw"], "ties.json is not there"),
+    ],
 )
-def test_bad_options_are_one_line(args, match, capsys):
+def test_bad_options_are_one_line(args, match, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     assert theory.main(args) == 2
     error = capsys.readouterr().err
     assert match in error

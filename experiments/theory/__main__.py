@@ -17,7 +17,7 @@ import tyro
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
-from experiments.cli import commit, run_in_folder, versions, write_text
+from experiments.cli import UserError, commit, run_in_folder, versions, write_text
 from experiments.theory.page import SEEDS, Page, plain
 
 Name = Literal[
@@ -54,6 +54,8 @@ def run(config: Config) -> int:
     failed = 0
     for name in NAMES if config.name == "all" else (config.name,):
         path = config.out / f"{name}.json"
+        if config.redraw and not path.exists():
+            raise UserError(f"{path} is not there: run it once without --redraw.")
         measured = json.loads(path.read_text()) if config.redraw else measure(name, config)
         result = answered(name, measured)
         write_text(path, as_text(result))

@@ -47,8 +47,9 @@ def answer(numbers: dict[str, Any]) -> str:
 def claims(numbers: dict[str, Any]) -> list[Claim]:
     result = []
     for name, of in numbers["errors"].items():
+        corrected = array(of["corrected"]).max()
         result.append(Claim(f"[{name}] is wrong as written", float(is_wrong(of["written"])), low=1))
-        result.append(Claim(f"[{name}] is right as corrected", max(of["corrected"]), high=1e-6))
+        result.append(Claim(f"[{name}] is right as corrected", corrected, high=1e-6))
     return result
 
 
