@@ -59,13 +59,13 @@ def draw(numbers: dict[str, Any], figure: Figure) -> None:
     for shift, what, colour in ((-0.2, "written", ink.orange), (0.2, "corrected", ink.blue)):
         errors = array([numbers["errors"][name][what] for name in names])
         heights = np.where(np.isnan(errors).any(1), np.nan, errors.max(1))
-        axes.bar(places + shift, np.clip(heights, 1e-17, 10), 0.4, color=colour,
+        axes.bar(places + shift, np.clip(heights, 1e-17, 50), 0.4, color=colour,
                  label=f"as {what}")  # fmt: skip
         for place in places[np.isnan(heights)]:
             axes.text(place + shift, 1.3e-17, "undefined", rotation=90, ha="center", va="bottom",
                       fontsize=8, color=colour)  # fmt: skip
     axes.set_xticks(places, [f"[{name}]" for name in names])
-    axes.set(yscale="log", ylim=(1e-17, 10), xlabel="correction", ylabel="relative error, largest "
+    axes.set(yscale="log", ylim=(1e-17, 100), xlabel="correction", ylabel="relative error, largest "
              "of the seeds", title="The seed's displays")  # fmt: skip
     axes.legend()
     axes.grid(axis="y", alpha=0.3)

@@ -131,7 +131,7 @@ def draw(numbers: dict[str, Any], figure: Figure) -> None:
     left.legend(loc="lower left")
     styles = zip((ink.red, ink.orange, ink.sky, ink.blue), ("-", "--", "-.", "-"), strict=True)
     for (way, runs), (colour, style) in zip(numbers["training"].items(), styles, strict=False):
-        band(middle, numbers["steps"], runs, colour, f"{way[6:]} vectors", style)
+        band(middle, numbers["steps"], runs, colour, f"vectors: {way[6:]}", style)
     middle.set(xlabel="updates", title="Largest true norm of W/sigma")
     middle.legend(fontsize=8)
     for kind, colour, unit in (("warm", ink.blue, "vectors"), ("cold", ink.orange, "steps")):
@@ -139,7 +139,7 @@ def draw(numbers: dict[str, Any], figure: Figure) -> None:
         heights = [np.mean(numbers["worst"][way]) - 1 for way in ways]
         names = [f"{way[6:]} {'v' if kind == 'warm' else 's'}" for way in ways]
         right.bar(names, heights, color=colour, label=f"{kind}, by {unit}")
-    right.set(title="Worst excess over 1")
+    right.set(title="Worst excess over 1", ylim=(0, 1.2))
     right.legend()
     for axes in (left, middle, right):
         axes.grid(alpha=0.3)

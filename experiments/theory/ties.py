@@ -100,18 +100,17 @@ def mean_gap(runs: Any) -> np.ndarray:
 def answer(numbers: dict[str, Any]) -> str:
     slopes, gaps = numbers["slopes"], numbers["gaps"]
     smallest, least = min((array(runs).min(), method) for method, runs in gaps.items())
-    ends = (
-        f"{method} {said(mean_gap(runs)[:, -1], 2)} with "
-        f"{said(array(numbers['near the top'][method])[:, -1], 2)} values near the top of layer 2"
-        for method, runs in gaps.items()
-    )
+    near = {method: array(runs)[:, -1] for method, runs in numbers["near the top"].items()}
+    ends = (f"{method} {said(mean_gap(runs)[:, -1], 2)}, {said(near[method], 2)}"
+            for method, runs in gaps.items())  # fmt: skip
     return (
         "Yes, for any law with a density: P(gap < eps) falls as eps to the "
         + ", ".join(f"{said(slopes[name], 3)} ({name})" for name in slopes)
         + f". A tie does no harm: {sum(numbers['violations of 400'])} of 1200 pairs were no "
-        "eps-subgradients. Training made no tie; the mean relative gap is "
-        f"{said(mean_gap(gaps['SN'])[:, 0], 2)} at the start, at the end {', '.join(ends)}; "
-        f"smallest seen {smallest:.1e} ({least})."
+        "eps-subgradients. Training made no tie; the geometric mean of relative gaps is "
+        f"{said(mean_gap(gaps['SN'])[:, 0], 2)} at the start, at the end (then the number of "
+        f"values within a tenth of the largest in layer 2) {'; '.join(ends)}; smallest seen "
+        f"{smallest:.1e} ({least})."
     )
 
 
