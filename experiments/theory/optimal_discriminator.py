@@ -83,7 +83,7 @@ def disjoint(ks: tuple[int, ...], steps: int, every: int) -> dict[str, Any]:
 
 
 def measure(fast: bool, track: Track) -> dict[str, Any]:
-    ks, steps, every = (K[:1], 400, 100) if fast else (K, 6000, 60)
+    ks, steps, every = (K[:1], 300, 100) if fast else (K, 6000, 60)
     stages = {"learned": lambda: learned(ks, steps), "disjoint": lambda: disjoint(ks, steps, every)}
     runs = {name: stages[name]() for name in track([*stages], "training")}
     exact = {f"K = {k}": lipschitz_optimum(k) for k in ks}

@@ -46,7 +46,7 @@ def rate(errors: np.ndarray) -> float:
     return float(np.exp(np.polyfit(steps, np.log(errors[steps]), 1)[0]))
 
 
-def tracked(n_vectors: int, steps: int, every: int) -> dict[str, jax.Array]:
+def tracked(n_vectors: int, cold: tuple[int, ...], steps: int, every: int) -> dict[str, jax.Array]:
     """Digits under SN: the largest true norm of a normalized kernel, and what cold starts leave."""
     start = lambda params, key, views: sn_jax.init(params, key, n_vectors=n_vectors)  # noqa: E731
     method = METHODS["sn"]._replace(init=start)
@@ -54,9 +54,9 @@ def tracked(n_vectors: int, steps: int, every: int) -> dict[str, jax.Array]:
     def look(moment: nets.Moment) -> dict[str, jax.Array]:
         true = jnp.stack([s[0] for s in nets.spectra(moment.params)])
         seen = {"warm": jnp.stack([s[0] for s in nets.spectra(moment.weights)]).max()}
-        for n in COLD if n_vectors == 1 else ():
-            cold = sn_jax.init(moment.params, moment.key, warmup=n)
-            sigma = jnp.stack([*sn_jax.spectral_norms(moment.params, cold).values()])
+        for n in cold:
+            started = sn_jax.init(moment.params, moment.key, warmup=n)
+            sigma = jnp.stack([*sn_jax.spectral_norms(moment.params, started).values()])
             seen[f"cold, {n}"] = (true / sigma).max()
         return seen
 
@@ -70,10 +70,10 @@ def measure(fast: bool, track: Track) -> dict[str, Any]:
             curves[r] = over_seeds(lambda key, r=r: planted(key, float(r), GAPS[r]))
             rates[r] = {what: [rate(x) for x in errors] for what, errors in curves[r].items()}
     curves = {r: {what: x[0] for what, x in of.items()} for r, of in curves.items()}  # one is drawn
-    steps, every = (120, 2) if fast else (1200, 1)
+    steps, every, vectors, cold = (120, 2, (1, 8), (1,)) if fast else (1200, 1, VECTORS, COLD)
     training = {}
-    for n in track((1, 8) if fast else VECTORS, "training"):
-        found = tracked(n, steps, every)
+    for n in track(vectors, "training"):
+        found = tracked(n, cold if n == 1 else (), steps, every)
         training |= {("warm, " + str(n) if way == "warm" else way): x for way, x in found.items()}
     worst = {way: x[:, 10:].max(1) for way, x in training.items()}
     shown = slice(None, None, max(1, steps // every // 120))
@@ -85,15 +85,16 @@ def measure(fast: bool, track: Track) -> dict[str, Any]:
 def answer(numbers: dict[str, Any]) -> str:
     slowest = next(iter(numbers["rates"]))
     found, r, worst = numbers["rates"][slowest], float(slowest), numbers["worst"]
-    vectors = [way for way in worst if way.startswith("warm")]
+    ways = sorted(worst, key=lambda way: int(way[6:]))
+    warm = (f"{said(worst[way], 4)} with {way[6:]}" for way in ways if way.startswith("warm"))
+    cold = (f"{said(worst[way])} after {way[6:]}" for way in ways if way.startswith("cold"))
     return (
-        f"As (sigma_2/sigma_1)^(2k) says for the vector, and with the square of it for sigma: at "
+        "As (sigma_2/sigma_1)^(2k) says for the vector, and with the square of it for sigma: at "
         f"ratio {slowest} the errors shrink by {np.mean(found['vector']):.4f} and "
         f"{np.mean(found['sigma']):.4f} a step (theory {r**2:.4f}, {r**4:.4f}). One warm step an "
-        "update lets a true norm reach "
-        + "; ".join(f"{said(worst[way], 4)} with {way[6:]} vectors" for way in vectors)
-        + f"; one cold step {said(worst['cold, 1'])}, 15 {said(worst['cold, 15'])}."
-    ).replace(" 1 vectors", " 1 vector")
+        f"update lets true norms reach, by the number of vectors, {'; '.join(warm)}; cold starts, "
+        f"by the number of steps, {'; '.join(cold)}."
+    )
 
 
 def claims(numbers: dict[str, Any]) -> list[Claim]:
