@@ -41,12 +41,12 @@ def lipschitz_optimum(k: float) -> dict[str, Any]:
     def objective(z):
         f = f_of(z)
         at_f = STEP * (GENERATED * expit(f) - DATA * expit(-f))
-        after = np.cumsum(at_f[::-1])[::-1]
+        after = np.cumsum(at_f[::-1])[::-1]  # of each value and those after it
         return loss_of(f), np.concatenate([after[:1], STEP * after[1:]])
 
     bounds = [(None, None)] + [(-k, k)] * (len(X) - 1)
-    options = {"maxiter": 20_000, "maxfun": 40_000, "ftol": 1e-14, "gtol": 1e-9}
-    found = minimize(objective, np.zeros(len(X)), jac=True, bounds=bounds, options=options)
+    exact = {"maxiter": 20_000, "maxfun": 40_000, "ftol": 1e-14, "gtol": 1e-9}
+    found = minimize(objective, 0 * X, jac=True, bounds=bounds, options=exact)
     return {"f": f_of(found.x), "loss": found.fun}
 
 
@@ -86,9 +86,8 @@ def measure(fast: bool, track: Track) -> dict[str, Any]:
     ks, steps, every = (K[:1], 300, 100) if fast else (K, 6000, 60)
     stages = {"learned": lambda: learned(ks, steps), "disjoint": lambda: disjoint(ks, steps, every)}
     runs = {name: stages[name]() for name in track([*stages], "training")}
-    exact = {f"K = {k}": lipschitz_optimum(k) for k in ks}
-    return {"optimum": loss_of(F_STAR), "exact": exact, "steps": np.arange(0, steps + 1, every),
-            **runs}  # fmt: skip
+    exact, times = {f"K = {k}": lipschitz_optimum(k) for k in ks}, np.arange(0, steps + 1, every)
+    return {"optimum": loss_of(F_STAR), "exact": exact, "steps": times, **runs}
 
 
 def received(numbers: dict[str, Any], name: str, way: str) -> np.ndarray:
@@ -133,17 +132,19 @@ def claims(numbers: dict[str, Any]) -> list[Claim]:
 
 
 def draw(numbers: dict[str, Any], figure: Figure) -> None:
-    left, middle, right = figure.subplots(1, 3)
+    left, slope, middle, right = figure.subplots(1, 4)
     left.plot(X, F_STAR, ":", color=ink.red, label="f*")
     for name, learned in numbers["learned"].items():
         colour = nets.COLOURS[name]
         left.plot(X, array(learned["f"])[0], color=colour, label=name)
+        slope.plot(X[1:], np.abs(np.diff(learned["f"][0])) / STEP, color=colour, label=name)
         if name in numbers["exact"]:
             left.plot(X, numbers["exact"][name]["f"], "--", color=colour, lw=1)
         runs = numbers["disjoint"][name]
         band(middle, numbers["steps"], runs["saturating"], colour, name)
         band(right, numbers["steps"], runs["non-saturating"], colour, name)
-    left.set(ylim=(-16, 16), xlabel="x", title="f learned (dashed: exact optimum)")
-    middle.set(yscale="log", xlabel="updates of D", title="|gradient| of ln(1 - D) at G's points")
-    right.set(yscale="log", xlabel="updates of D", title="of the non-saturating -ln D")
-    finish(left, middle, right)
+    left.set(ylim=(-16, 16), xlabel="x", title="f (dashed: optimum)")
+    slope.set(yscale="log", xlabel="x", title="|f'|", ylim=(0.3, 60))
+    middle.set(yscale="log", xlabel="updates of D", title="ln(1 - D): |gradient| at G")
+    right.set(yscale="log", xlabel="updates of D", title="-ln D: |gradient| at G")
+    finish(left, slope, middle, right)
