@@ -84,7 +84,7 @@ def trained(method: str, steps: int, every: int) -> dict[str, Any]:
 
 def measure(fast: bool, track: Track) -> dict[str, Any]:
     steps, every = (60, 60) if fast else (3000, 500)
-    depths, methods = ([4], ["SN"]) if fast else ([*range(1, 9)], ["SN", "none"])
+    depths, methods = ([2], ["SN"]) if fast else ([*range(1, 9)], ["SN", "none"])
     return {
         "circle": over_seeds(circle),
         "depths": depths,

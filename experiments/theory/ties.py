@@ -76,7 +76,7 @@ def look(moment: nets.Moment) -> dict[str, jax.Array]:
 
 
 def measure(fast: bool, track: Track) -> dict[str, Any]:
-    n, fraction = (30_000, 0.02) if fast else (400_000, 0.005)
+    n, fraction = (20_000, 0.02) if fast else (400_000, 0.005)
     slopes, curves = {}, {}
     for name in track(ENSEMBLES, "random matrices"):
         samples = [gaps_of(name, seed, n) for seed in SEEDS]
