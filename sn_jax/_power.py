@@ -344,10 +344,12 @@ class _Vectors:
         return x if self.single else _first(x, self.batch_ndim)
 
     def orthonormal(self, z: Array, fallback: Array) -> tuple[Array, Array]:
-        """Orthonormal rows spanning z's, whose lengths come second; dependent rows become zero.
+        """Orthonormal rows spanning z's, whose lengths come second.
 
         From the eigenvectors of the k x k Gram matrix of unit rows: the one product is a k^2
-        reduction, where QR of a sharded array would gather all of it.
+        reduction, where QR of a sharded array would gather all of it. Where z's rows depend on
+        each other, others come from the fallback's, so that no direction is lost for good; zero
+        where these have no other direction either, as when there are more rows than dimensions.
         """
         z, lengths = _unit_and_length(z, fallback, self.lead)
         if self.single:
@@ -355,7 +357,21 @@ class _Vectors:
         eigenvalues, q = jnp.linalg.eigh(_gram(z, self.batch_ndim), symmetrize_input=False)
         kept = eigenvalues > jnp.sqrt(jnp.finfo(z.dtype).eps)
         weights = jnp.where(kept, lax.rsqrt(jnp.where(kept, eigenvalues, 1.0)), 0.0)
-        return _combine(q * jnp.expand_dims(weights, -2), z, self.batch_ndim), lengths
+        rows = _combine(q * jnp.expand_dims(weights, -2), z, self.batch_ndim)
+        others = self._beside(rows, fallback)
+        return jnp.where(_expand(kept, rows), rows, others), lengths
+
+    def _beside(self, rows: Array, fallback: Array) -> Array:
+        """Unit rows at right angles to ``rows``, orthonormal or zero, from combinations of the
+        fallback's; zero where next to nothing of these is left."""
+        b, k = self.batch_ndim, rows.shape[self.batch_ndim]
+        mix = np.sin(1 + np.arange(k * k)).reshape(k, k)  # of no pattern that a matrix might have
+        mix = jnp.broadcast_to(jnp.asarray(mix, rows.dtype), (*rows.shape[:b], k, k))
+        others = unit(_combine(mix, fallback, b), 0.0, self.lead)
+        for _ in range(2):  # the second time for what rounding has left of rows
+            others = others - _combine(_gram(rows, b, others), rows, b)
+        return jnp.where(_expand(_norm(others, self.lead) > 0.1, others),
+                         unit(others, 0.0, self.lead), 0.0)  # fmt: skip
 
     def finish(self, u: Array, v: Array, z: Array) -> PowerResult:
         """The last half step, given z = A^T u: v from z, then u and sigma from one product."""
@@ -495,9 +511,11 @@ def _ritz(y: Array, batch_ndim: int) -> Array:
     return jnp.flip(q, -1)
 
 
-def _gram(x: Array, batch_ndim: int) -> Array:
+def _gram(x: Array, batch_ndim: int, y: Array | None = None) -> Array:
+    """(*batch, k, k): inner products of the rows of x with those of y, by default with x's."""
+    y = x if y is None else y
     axes, batch = tuple(range(batch_ndim + 1, x.ndim)), tuple(range(batch_ndim))
-    return lax.dot_general(x, x, ((axes, axes), (batch, batch)), precision=lax.Precision.HIGHEST)
+    return lax.dot_general(x, y, ((axes, axes), (batch, batch)), precision=lax.Precision.HIGHEST)
 
 
 def _combine(coefficients: Array, x: Array, batch_ndim: int) -> Array:

@@ -505,3 +505,13 @@ def test_penalty_towards_one():
     ):
         with pytest.raises(ValueError, match=message):
             sn_jax.spectral_penalty(params, state, **options)
+
+
+def test_no_direction_is_lost_when_images_of_the_start_nearly_depend():
+    """As of this seed in float32: all of the small side is spanned all the same, and sigma exact."""
+    w = jnp.asarray(np.random.default_rng(98).standard_normal((9, 3)), jnp.float32)
+    state = sn_jax.init({"w": w}, jax.random.key(98), n_vectors=3, warmup=3)
+    gram = np.asarray(state["w"].v, np.float64) @ np.asarray(state["w"].v, np.float64).T
+    np.testing.assert_allclose(gram, np.eye(3), atol=1e-5)
+    norm = np.linalg.norm(np.asarray(w, np.float64), 2)
+    np.testing.assert_allclose(state["w"].sigma, norm, rtol=svd_rtol((9, 3), "float32"))
