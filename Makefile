@@ -17,7 +17,7 @@ QUICK_TESTS ?= $(addprefix tests/test_,$(addsuffix .py,contract core conv transf
 # In the order of tests/conftest.py.
 PYTEST = $(RUN) -m pytest -n 2 --dist loadgroup --no-loadscope-reorder
 
-.PHONY: demo test test-quick test-cpus test-slow test-torch lint clean
+.PHONY: demo docs notebooks test test-quick test-cpus test-slow test-torch test-lowest lint clean
 
 ## Train an SN-GAN on handwritten digits; prints where the pictures are.
 demo: $(VENV)/.experiments
@@ -44,6 +44,10 @@ test-slow: $(VENV)/.test
 ## Checkpoint conversion and FID's network against the live PyTorch (its recorded outputs are in make test).
 test-torch: $(VENV)/.test $(VENV)/.installed-torch
 	$(RUN) -m pytest tests/test_torch_live.py
+
+## The site, in build/docs; a warning is an error.
+docs: $(VENV)/.docs
+	$(RUN) -m sphinx -q -W --keep-going -b html docs build/docs
 
 lint: $(VENV)/.test
 	$(RUN) -m ruff check .
