@@ -1,8 +1,9 @@
 """The documentation site: `make docs` builds it into build/docs.
 
 Here belongs how pages are made of what is written elsewhere: docstrings with types as their source
-has them, files of the repository shown as pages, and links that leave docs/. Links to the repository
-need its address, the `url` of `[repository]` in setup.cfg; while that is empty they are plain text.
+has them, files of the repository shown as pages, and links that leave docs/. Links to the
+repository need its address, the `url` of `[repository]` in setup.cfg; while that is empty they are
+plain text.
 """
 
 import ast
@@ -46,7 +47,7 @@ nb_execution_mode = "off"
 nb_merge_streams = True
 myst_enable_extensions = ["dollarmath", "colon_fence", "deflist"]
 myst_heading_anchors = 3
-exclude_patterns = ["_static"]
+exclude_patterns = ["_static", "description.md"]
 nitpicky = True
 nitpick_ignore_regex = [("py:.*", ".*")]  # types of other libraries; see links_are_known
 add_module_names = False
@@ -99,9 +100,7 @@ LINK = re.compile(r"(!?)\[([^\]]*)\]\((?!https?:|mailto:|#|<)([^)#\s]+)(#[^)\s]*
 FILE = re.compile(r"<!-- file: (\S+) -->")
 # A page that shows a file of the repository holds the line that FILE matches.
 PAGES_OF_FILES = {
-    ROOT / found[1]: page
-    for page in DOCS.rglob("*.md")
-    if (found := FILE.search(page.read_text()))
+    ROOT / found[1]: page for page in DOCS.rglob("*.md") if (found := FILE.search(page.read_text()))
 }
 
 WHEEL = f"sn_jax-{release}-py3-none-any.whl"
@@ -136,7 +135,7 @@ def read_page(app, docname, source):
 
 
 def written_signature(app, what, name, thing, options, signature, returns):
-    """Arguments and types as the source has them: State, Rules and Array, not what they stand for."""
+    """Arguments and types as the source has them: State and Array, not what they stand for."""
     if what not in ("class", "function", "method"):
         return None
     (node,) = ast.parse(textwrap.dedent(inspect.getsource(thing))).body
@@ -156,7 +155,7 @@ def written_signature(app, what, name, thing, options, signature, returns):
 
 
 def marked_docstring(app, what, name, thing, options, lines):
-    """Shapes and star arguments, which docstrings write as code does, as reStructuredText has them."""
+    """Shapes and star arguments, which docstrings write as code does, as literals."""
     for i, line in enumerate(lines):
         line = re.sub(r"(?<!`)(\(\*[^()`]*\)|\(\.\.\.[^()`]*\))", r"``\1``", line)
         lines[i] = re.sub(r"^(\s*)\*args, \*\*kwargs", r"\1\\*args, \\*\\*kwargs", line)

@@ -1,11 +1,12 @@
 """How far one step lags: `python docs/concepts/lag.py` prints the table of estimates.md.
 
-A classifier of scikit-learn's digits, 64-w-w-10, every kernel normalized at every step of Adam; the true
-norm of the normalized w×w kernel, by an SVD in float64 at every fifth step from the 20th on. It would be
-1 if the estimate were exact.
+A classifier of scikit-learn's digits, 64-w-w-10, every kernel normalized at every step of Adam;
+the true norm of the normalized w×w kernel, by an SVD in float64 at every fifth step from the 20th
+on. It would be 1 if the estimate were exact.
 """
 
 import argparse
+import itertools
 from functools import partial
 
 import jax
@@ -36,7 +37,7 @@ def init(key, width):
             "kernel": jax.random.normal(jax.random.fold_in(key, i), (m, n)) / jnp.sqrt(m),
             "bias": jnp.zeros(n),
         }
-        for i, (m, n) in enumerate(zip(sizes[:-1], sizes[1:], strict=True))
+        for i, (m, n) in enumerate(itertools.pairwise(sizes))
     }
 
 

@@ -1,10 +1,10 @@
 # %% [markdown]
 # # Why a discriminator needs a Lipschitz bound
 #
-# A GAN's generator learns from the slope of the discriminator. What slope does the best discriminator
-# have? With nothing that holds it back, one that is unbounded or that vanishes. This notebook shows
-# both in the smallest cases there are, and what spectral normalization makes of them. Half a minute on
-# two CPU cores.
+# A GAN's generator learns from the slope of the discriminator. What slope does the best
+# discriminator have? With nothing that holds it back, one that is unbounded or that vanishes.
+# This notebook shows both in the smallest cases there are, and what spectral normalization makes
+# of them. Half a minute on two CPU cores.
 
 # %% tags=["setup"]
 # Does something in Colab only: installs sn_jax beside the JAX that is there.
@@ -22,12 +22,15 @@ if "google.colab" in sys.modules:
     import jax
     from packaging.requirements import Requirement
 
-    for needed in map(Requirement, importlib.metadata.requires("sn_jax")):
-        if needed.marker is None and importlib.metadata.version(needed.name) not in needed.specifier:
-            print(f"sn_jax needs {needed}: run  %pip install -U {needed.name}  and restart.")
+    needs = map(Requirement, importlib.metadata.requires("sn_jax"))
+    for need in (need for need in needs if need.marker is None):  # extras have one
+        if importlib.metadata.version(need.name) not in need.specifier:
+            print(f"sn_jax needs {need}: run  %pip install -U {need.name}  and restart.")
     print(jax.devices())
 
 # %%
+import itertools
+
 import jax
 import jax.numpy as jnp
 import matplotlib.pyplot as plt
@@ -54,14 +57,14 @@ def init(key, inputs, width=64):
             "kernel": jax.random.normal(jax.random.fold_in(key, i), (m, n)) / jnp.sqrt(m),
             "bias": 0.5 * jax.random.normal(jax.random.fold_in(key, 9 + i), (n,)),
         }
-        for i, (m, n) in enumerate(zip(sizes[:-1], sizes[1:], strict=True))
+        for i, (m, n) in enumerate(itertools.pairwise(sizes))
     }
 
 
 # %% [markdown]
-# The discriminator's loss is the usual one, half of E softplus(-f(real)) + E softplus(f(fake)). With
-# spectral normalization every kernel has norm 1 and the last one norm K, so that f is K-Lipschitz: the
-# norms multiply, and ReLU stretches nothing.
+# The discriminator's loss is the usual one, half of E softplus(-f(real)) + E softplus(f(fake)).
+# With spectral normalization every kernel has norm 1 and the last one norm K, so that f is
+# K-Lipschitz: the norms multiply, and ReLU stretches nothing.
 
 
 # %%
@@ -102,8 +105,9 @@ def train(real, fake, K=None, steps=2000, rate=3e-3):
 # %% [markdown]
 # ## The optimum's slope is unbounded
 #
-# Real data N(1, 0.6²), a generator that makes N(-1, 0.35²). The best discriminator is known:
-# f* = ln p_data - ln p_generator, here a parabola, whose slope grows without end where there is no data.
+# Real data N(1, 0.6²), a generator that makes N(-1, 0.35²). The best discriminator is known: f* =
+# ln p_data - ln p_generator, here a parabola, whose slope grows without end where there is no
+# data.
 
 # %%
 rng = np.random.default_rng(0)
@@ -114,7 +118,8 @@ optimum = -0.5 * ((line - 1) / 0.6) ** 2 + 0.5 * ((line + 1) / 0.35) ** 2 + np.l
 
 
 def slope(params, x):
-    return jax.vmap(lambda p: jnp.linalg.norm(jax.grad(lambda q: network(params, q[None])[0])(p)))(x)
+    grads = jax.vmap(jax.grad(lambda p: network(params, p[None])[0]))(x)
+    return jnp.linalg.norm(grads, axis=1)
 
 
 fig, (left, right) = plt.subplots(1, 2, figsize=(10, 3.4))
@@ -135,14 +140,15 @@ left.legend(fontsize=7)
 fig.tight_layout()
 
 # %% [markdown]
-# K is a dial: with a small K the loss is far from its optimum, and the slope never above K; with a
-# larger K the optimum comes closer. Nothing else in the network has to be tuned.
+# K is a dial: with a small K the loss is far from its optimum, and the slope never above K; with
+# a larger K the optimum comes closer. Nothing else in the network has to be tuned.
 #
 # ## Disjoint supports: the slope vanishes, or explodes
 #
 # Real points on one segment, generated ones on a parallel segment at distance 1. Now a perfect
-# discriminator exists, and training never stops making it more certain. What reaches the generator
-# depends on its loss: with ln(1 - D) the gradient dies, with -ln D it grows with the score's slope.
+# discriminator exists, and training never stops making it more certain. What reaches the
+# generator depends on its loss: with ln(1 - D) the gradient dies, with -ln D it grows with the
+# score's slope.
 
 # %%
 t = jnp.linspace(-1, 1, 128)[:, None]
@@ -182,6 +188,7 @@ for K in (1, 5):
     print(f"closed form, K = {K}: ln(1 - D) gives K sigmoid(-K/2) = {K / (1 + np.exp(K / 2)):.3f}")
 
 # %% [markdown]
-# With a bound the scores can differ by K over the gap and no more, so the gradient at the generated
-# points is what the closed form says, whatever the loss and however long the training: neither gone
-# nor exploded. That is the case for a Lipschitz bound; the rest of these notebooks is about having one.
+# With a bound the scores can differ by K over the gap and no more, so the gradient at the
+# generated points is what the closed form says, whatever the loss and however long the training:
+# neither gone nor exploded. That is the case for a Lipschitz bound; the rest of these notebooks
+# is about having one.

@@ -2,9 +2,9 @@
 # # The norm of a convolution
 #
 # Most libraries reshape a convolution's kernel to a matrix, (taps · in, out), and divide by that
-# matrix's norm. The layer, though, is another linear map: the operator that slides the kernel over an
-# image. This notebook measures how far the two are apart, and proves the numbers. Half a minute on two
-# CPU cores.
+# matrix's norm. The layer, though, is another linear map: the operator that slides the kernel
+# over an image. This notebook measures how far the two are apart, and proves the numbers. Half a
+# minute on two CPU cores.
 
 # %% tags=["setup"]
 # Does something in Colab only: installs sn_jax beside the JAX that is there.
@@ -22,9 +22,10 @@ if "google.colab" in sys.modules:
     import jax
     from packaging.requirements import Requirement
 
-    for needed in map(Requirement, importlib.metadata.requires("sn_jax")):
-        if needed.marker is None and importlib.metadata.version(needed.name) not in needed.specifier:
-            print(f"sn_jax needs {needed}: run  %pip install -U {needed.name}  and restart.")
+    needs = map(Requirement, importlib.metadata.requires("sn_jax"))
+    for need in (need for need in needs if need.marker is None):  # extras have one
+        if importlib.metadata.version(need.name) not in need.specifier:
+            print(f"sn_jax needs {need}: run  %pip install -U {need.name}  and restart.")
     print(jax.devices())
 
 # %%
@@ -40,8 +41,8 @@ flattened = sn_jax.Matrix((0, 1, 2), 3)  # as in Miyato et al. (2018)
 
 # %% [markdown]
 # A view says how a kernel acts; `spectral_norm` is that map's true norm, converged in float64.
-# Four kernels of shape (3, 3, 16, 16): random ones, smooth ones, one that only takes averages, one
-# that only takes differences.
+# Four kernels of shape (3, 3, 16, 16): random ones, smooth ones, one that only takes averages,
+# one that only takes differences.
 
 # %%
 rng = np.random.default_rng(0)
@@ -62,9 +63,9 @@ for name, kernel in kernels.items():
     print(f"{name:17} flattened {theirs:7.2f}, operator {ours:7.2f}, ratio {ours / theirs:.2f}")
 
 # %% [markdown]
-# After division by the flattened norm, each layer's true Lipschitz constant is the ratio in the last
-# column. It is at most √(number of taps) = 3 for a 3×3 kernel with stride 1, and positive kernels come
-# close: the all-ones vector adds up over all taps.
+# After division by the flattened norm, each layer's true Lipschitz constant is the ratio in the
+# last column. It is at most √(number of taps) = 3 for a 3×3 kernel with stride 1, and positive
+# kernels come close: the all-ones vector adds up over all taps.
 
 # %%
 fig, ax = plt.subplots(figsize=(7, 2.8))
@@ -105,14 +106,14 @@ right.legend(fontsize=8)
 fig.tight_layout()
 
 # %% [markdown]
-# With stride 3 no pixel is seen twice: a 3×3 kernel then is its flattened matrix, patch by patch, and
-# the two norms agree.
+# With stride 3 no pixel is seen twice: a 3×3 kernel then is its flattened matrix, patch by patch,
+# and the two norms agree.
 #
 # ## Proofs
 #
-# Power iteration gives an estimate, and always from below. `norm_bounds` gives a bracket that holds,
-# rounding included: the upper end comes from a Cholesky factorization that ran to its end. What one
-# step of power iteration finds, what twenty do, and the bracket:
+# Power iteration gives an estimate, and always from below. `norm_bounds` gives a bracket that
+# holds, rounding included: the upper end comes from a Cholesky factorization that ran to its end.
+# What one step of power iteration finds, what twenty do, and the bracket:
 
 # %%
 params = {"kernel": jnp.asarray(kernels["random"], jnp.float32)}
@@ -123,14 +124,15 @@ for view, name in [(flattened, "flattened"), (operator, "operator ")]:
     ]
     lower, upper = sn_jax.norm_bounds(params["kernel"], view)
     assert max(estimates) <= upper
-    print(f"{name}: after 1, 5, 20 steps {np.round(estimates, 3)}; certified [{lower:.4f}, {upper:.4f}]")
+    print(f"{name}: after 1, 5, 20 steps {np.round(estimates, 3)}", end="; ")
+    print(f"certified [{lower:.4f}, {upper:.4f}]")
 
 # %% [markdown]
 # ## In a network
 #
-# Three convolutions with `SpectralNorm`, once with the flattened norm (the paper's, the default) and
-# once with the operator's. `views(..., conv="operator")` reads strides, padding and sizes off the
-# model; the bars are certified norms of what the layers run with.
+# Three convolutions with `SpectralNorm`, once with the flattened norm (the paper's, the default)
+# and once with the operator's. `views(..., conv="operator")` reads strides, padding and sizes off
+# the model; the bars are certified norms of what the layers run with.
 
 # %%
 import flax.linen as nn
@@ -176,6 +178,6 @@ ax.legend()
 fig.tight_layout()
 
 # %% [markdown]
-# Which to take? For GANs the paper's flattened norm is the default, and often trains better: the true
-# constant is then some fixed factor larger. Where the constant itself is the point (certificates,
-# invertible blocks, distance-aware features) take `conv="operator"`.
+# Which to take? For GANs the paper's flattened norm is the default, and often trains better: the
+# true constant is then some fixed factor larger. Where the constant itself is the point
+# (certificates, invertible blocks, distance-aware features) take `conv="operator"`.

@@ -1,10 +1,11 @@
 # %% [markdown]
 # # A network you can certify
 #
-# If a classifier's scores have the Lipschitz constant L, and the right score leads by m, then no change
-# of the input shorter than m / (√2 L) can alter the decision. So a *certified* L makes every margin a
-# certificate. Here: L of a network from `lipschitz_bound`, training for margins under spectral
-# normalization, and certified accuracy beside what an attack achieves. A minute on two CPU cores.
+# If a classifier's scores have the Lipschitz constant L, and the right score leads by m, then no
+# change of the input shorter than m / (√2 L) can alter the decision. So a *certified* L makes
+# every margin a certificate. Here: L of a network from `lipschitz_bound`, training for margins
+# under spectral normalization, and certified accuracy beside what an attack achieves. A minute on
+# two CPU cores.
 
 # %% tags=["setup"]
 # Does something in Colab only: installs sn_jax beside the JAX that is there.
@@ -22,9 +23,10 @@ if "google.colab" in sys.modules:
     import jax
     from packaging.requirements import Requirement
 
-    for needed in map(Requirement, importlib.metadata.requires("sn_jax")):
-        if needed.marker is None and importlib.metadata.version(needed.name) not in needed.specifier:
-            print(f"sn_jax needs {needed}: run  %pip install -U {needed.name}  and restart.")
+    needs = map(Requirement, importlib.metadata.requires("sn_jax"))
+    for need in (need for need in needs if need.marker is None):  # extras have one
+        if importlib.metadata.version(need.name) not in need.specifier:
+            print(f"sn_jax needs {need}: run  %pip install -U {need.name}  and restart.")
     print(jax.devices())
 
 # %%
@@ -62,9 +64,9 @@ def init(key, sizes=(64, 128, 128, 10)):
 # %% [markdown]
 # ## Two trainings
 #
-# Once as usual, with cross entropy. Once with every kernel divided by its norm, and a hinge loss that
-# asks for a margin: with L near 1, a margin in the scores is a distance in the inputs. (With cross
-# entropy a network of constant 1 would not know that it has to use its slope.)
+# Once as usual, with cross entropy. Once with every kernel divided by its norm, and a hinge loss
+# that asks for a margin: with L near 1, a margin in the scores is a distance in the inputs. (With
+# cross entropy a network of constant 1 would not know that it has to use its slope.)
 
 
 # %%
@@ -107,9 +109,9 @@ nets = {"usual": train(False), "SN, margin 0.5": train(True, 0.5), "SN, margin 1
 # %% [markdown]
 # ## The constant
 #
-# `lipschitz_bound` reads the function itself: it traces it, merges what is linear, and certifies norms
-# in float64. It knows nothing of how the network was trained. `lipschitz_attack` looks for the
-# largest slope that it can find, from below: the truth is between the two.
+# `lipschitz_bound` reads the function itself: it traces it, merges what is linear, and certifies
+# norms in float64. It knows nothing of how the network was trained. `lipschitz_attack` looks for
+# the largest slope that it can find, from below: the truth is between the two.
 
 # %%
 constants = {}
@@ -126,8 +128,9 @@ print(bound)
 # %% [markdown]
 # ## Certified radius against accuracy
 #
-# For each test image: the margin over √2 L, zero where the decision is wrong. The dashed lines are an
-# attack: projected gradient descent with the given radius, an upper bound of what could be certified.
+# For each test image: the margin over √2 L, zero where the decision is wrong. The dashed lines
+# are an attack: projected gradient descent with the given radius, an upper bound of what could be
+# certified.
 
 
 # %%
@@ -164,7 +167,7 @@ ax.legend()
 fig.tight_layout()
 
 # %% [markdown]
-# The usual network is a little more accurate and certifies hardly anything: its constant is large, and
-# the bound cannot tell how much of it the attack could use. The normalized ones trade some accuracy for
-# radii that are proved. What is certified is the real-arithmetic function of these weights; an
-# estimate by power iteration would not do, because it is from below.
+# The usual network is a little more accurate and certifies hardly anything: its constant is
+# large, and the bound cannot tell how much of it the attack could use. The normalized ones trade
+# some accuracy for radii that are proved. What is certified is the real-arithmetic function of
+# these weights; an estimate by power iteration would not do, because it is from below.

@@ -1,13 +1,33 @@
 # %% [markdown]
 # # Ensembles of critics
 #
-# In reinforcement learning critics bootstrap on themselves: an error where there is no data comes back
-# through the target, and grows. Spectral normalization of the hidden layers holds down what the
-# critic can claim there. This notebook trains an ensemble of five critics offline, on a problem small
-# enough that the true values are known, and measures the errors. A minute on two CPU cores.
+# In reinforcement learning critics bootstrap on themselves: an error where there is no data comes
+# back through the target, and grows. Spectral normalization of the hidden layers holds down what
+# the critic can claim there. This notebook trains an ensemble of five critics offline, on a
+# problem small enough that the true values are known, and measures the errors. A minute on two
+# CPU cores.
 
 # %% tags=["setup"]
+# Does something in Colab only: installs sn_jax beside the JAX that is there.
+import importlib.metadata
+import subprocess
+import sys
 
+if "google.colab" in sys.modules:
+    from google.colab import files
+
+    print("Choose the wheel of sn_jax (in a clone: pip wheel --no-deps -w dist .)")
+    (source,) = files.upload()
+    pip = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", source]
+    subprocess.run(pip, check=True)
+    import jax
+    from packaging.requirements import Requirement
+
+    needs = map(Requirement, importlib.metadata.requires("sn_jax"))
+    for need in (need for need in needs if need.marker is None):  # extras have one
+        if importlib.metadata.version(need.name) not in need.specifier:
+            print(f"sn_jax needs {need}: run  %pip install -U {need.name}  and restart.")
+    print(jax.devices())
 
 # %%
 from functools import partial
@@ -16,7 +36,6 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import matplotlib.pyplot as plt
-import numpy as np
 import optax
 
 from sn_jax.linen import SpectralNorm
@@ -27,9 +46,9 @@ GAMMA, MEMBERS = 0.95, 5
 # %% [markdown]
 # ## A problem whose values are known
 #
-# A point on [-1, 1] is pushed by actions in [-1, 1]; it should be at 0, and pushing costs. The data
-# come from a timid policy, |a| < 0.4, and from the right half: what full pushes do, or the left half,
-# the critics must guess. Value iteration on a grid gives the truth.
+# A point on [-1, 1] is pushed by actions in [-1, 1]; it should be at 0, and pushing costs. The
+# data come from a timid policy, |a| < 0.4, and from the right half: what full pushes do, or the
+# left half, the critics must guess. Value iteration on a grid gives the truth.
 
 
 # %%
@@ -56,14 +75,15 @@ s = jax.random.uniform(keys[0], (2000,), minval=-0.1, maxval=1.0)
 a = jax.random.uniform(keys[1], (2000,), minval=-0.4, maxval=0.4)
 s_next, r = dynamics(s, a)
 seen = (states[:, None] >= -0.1) & (jnp.abs(actions) <= 0.4)
-print(f"{seen.mean():.0%} of the grid lies where there are data; true values {true_q.min():.1f} to 0")
+print(f"{seen.mean():.0%} of the grid is where there are data; true Q from {true_q.min():.1f} to 0")
 
 # %% [markdown]
 # ## The ensemble
 #
-# `stateless=True` iterates from a fixed start at every call: no collection to thread through `vmap`,
-# the optimizer, and the target network. `nn.vmap` over `params` alone gives five members. Only hidden
-# layers are wrapped: the first must be able to see, and the last has the scale of the returns.
+# `stateless=True` iterates from a fixed start at every call: no collection to thread through
+# `vmap`, the optimizer, and the target network. `nn.vmap` over `params` alone gives five members.
+# Only hidden layers are wrapped: the first must be able to see, and the last has the scale of the
+# returns.
 
 
 # %%

@@ -1,11 +1,31 @@
 # %% [markdown]
 # # From torch and back
 #
-# A PyTorch discriminator with `torch.nn.utils.spectral_norm`, continued in JAX, and back again. Where
-# PyTorch is installed (as in Colab) this runs live; elsewhere on what it recorded. Some seconds.
+# A PyTorch discriminator with `torch.nn.utils.spectral_norm`, continued in JAX, and back again.
+# Where PyTorch is installed (as in Colab) this runs live; elsewhere on what it recorded. Some
+# seconds.
 
 # %% tags=["setup"]
+# Does something in Colab only: installs sn_jax beside the JAX that is there.
+import importlib.metadata
+import subprocess
+import sys
 
+if "google.colab" in sys.modules:
+    from google.colab import files
+
+    print("Choose the wheel of sn_jax (in a clone: pip wheel --no-deps -w dist .)")
+    (source,) = files.upload()
+    pip = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", source]
+    subprocess.run(pip, check=True)
+    import jax
+    from packaging.requirements import Requirement
+
+    needs = map(Requirement, importlib.metadata.requires("sn_jax"))
+    for need in (need for need in needs if need.marker is None):  # extras have one
+        if importlib.metadata.version(need.name) not in need.specifier:
+            print(f"sn_jax needs {need}: run  %pip install -U {need.name}  and restart.")
+    print(jax.devices())
 
 # %%
 import base64
@@ -14,7 +34,6 @@ import io
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 
@@ -99,8 +118,9 @@ Z2h0X3YubnB5UEsFBgAAAAAOAA4AXwMAAOoQAAAAAA==
 """
 
 # %% [markdown]
-# The torch side: two convolutions, a sum over pixels, a linear layer, all with torch's hook. (Flattening
-# instead of summing would need care: torch flattens channels first, Flax channels last.)
+# The torch side: two convolutions, a sum over pixels, a linear layer, all with torch's hook.
+# (Flattening instead of summing would need care: torch flattens channels first, Flax channels
+# last.)
 
 # %%
 if LIVE:
@@ -137,8 +157,9 @@ for name, array in state_dict.items():
 # %% [markdown]
 # ## To JAX
 #
-# The same network in linen, written as one would write it. `from_torch` finds the pairs by names and
-# shapes, turns the layouts, and takes the singular vectors along; what it cannot tell for sure it asks.
+# The same network in linen, written as one would write it. `from_torch` finds the pairs by names
+# and shapes, turns the layouts, and takes the singular vectors along; what it cannot tell for
+# sure it asks.
 
 
 # %%
@@ -154,12 +175,16 @@ net = Net()
 template = jax.eval_shape(net.init, jax.random.key(0), x)["params"]
 params, state = sn_jax.convert.from_torch(state_dict, template)
 normalized, _ = sn_jax.spectral_normalize(params, state, n_steps=0)  # torch's eval
-print("largest difference to torch's outputs:", np.abs(net.apply({"params": normalized}, x) - y).max())
-print({path: round(float(sigma), 3) for path, sigma in sn_jax.spectral_norms(params, state).items()})
+print(
+    "largest difference to torch's outputs:", np.abs(net.apply({"params": normalized}, x) - y).max()
+)
+print(
+    {path: round(float(sigma), 3) for path, sigma in sn_jax.spectral_norms(params, state).items()}
+)
 
 # %% [markdown]
-# How good were torch's estimates? `residuals` tells, and `calibrate` converges them. The true norms
-# are certified:
+# How good were torch's estimates? `residuals` tells, and `calibrate` converges them. The true
+# norms are certified:
 
 # %%
 print({path: round(float(r), 4) for path, r in sn_jax.residuals(params, state).items()})
@@ -172,8 +197,8 @@ for path, entry in converged.items():
 # %% [markdown]
 # ## Go on training, and go back
 #
-# One step of Adam, with one power iteration, as torch's training mode does. Then `to_torch` makes a state
-# dict with exactly torch's names.
+# One step of Adam, with one power iteration, as torch's training mode does. Then `to_torch` makes
+# a state dict with exactly torch's names.
 
 
 # %%
@@ -203,8 +228,8 @@ print(sorted(back) == sorted(state_dict))
 # %% [markdown]
 # ## Into wrappers
 #
-# A model with `SpectralNorm` around its layers takes the same state; with `store_v=True` it uses the
-# stored pair in eval, as torch does, so the outputs are equal too.
+# A model with `SpectralNorm` around its layers takes the same state; with `store_v=True` it uses
+# the stored pair in eval, as torch does, so the outputs are equal too.
 
 
 # %%
@@ -224,5 +249,5 @@ variables = sn_jax.linen.load_state(wrapped.init(jax.random.key(0), x), params, 
 print("wrapped, eval:", np.abs(wrapped.apply(variables, x) - y).max())
 
 # %% [markdown]
-# Checkpoints of the newer `torch.nn.utils.parametrizations.spectral_norm` are read the same way. For
-# NNX there is `sn_jax.nnx.load_state`; for plain files `sn_jax.convert.to_state_dict`.
+# Checkpoints of the newer `torch.nn.utils.parametrizations.spectral_norm` are read the same way.
+# For NNX there is `sn_jax.nnx.load_state`; for plain files `sn_jax.convert.to_state_dict`.

@@ -1,7 +1,7 @@
 """Notebooks from their sources: `python docs/notebooks/make.py [--out FOLDER] [NAME ...]`.
 
-Each .py here (jupytext's percent format) becomes an .ipynb beside it, executed, with its outputs. Here
-belongs what all of them share: the first cell, the badge, how they run, what is kept of a run.
+Each .py here (jupytext's percent format) becomes an .ipynb beside it, executed, with its outputs.
+Here belongs what all of them share: the first cell, the badge, how they run, what is kept of a run.
 """
 
 import argparse
@@ -21,6 +21,7 @@ FOLDER = Path(__file__).parent
 ROOT = FOLDER.parent.parent
 SOURCES = sorted(path for path in FOLDER.glob("[0-9]*.py"))
 MOST_BYTES = 300_000
+PATIENCE = {"timeout": 3000, "startup_timeout": 600}  # seconds; there may be other work
 
 settings = configparser.ConfigParser()
 settings.read(ROOT / "setup.cfg")
@@ -28,12 +29,12 @@ REPOSITORY = settings["repository"]["url"].strip()
 WHERE = (
     f'source = "git+{REPOSITORY}"'
     if REPOSITORY
-    else '''from google.colab import files
+    else """from google.colab import files
 
     print("Choose the wheel of sn_jax (in a clone: pip wheel --no-deps -w dist .)")
-    (source,) = files.upload()'''
+    (source,) = files.upload()"""
 )
-SETUP = f'''\
+SETUP = f"""\
 # Does something in Colab only: installs sn_jax beside the JAX that is there.
 import importlib.metadata
 import subprocess
@@ -46,10 +47,11 @@ if "google.colab" in sys.modules:
     import jax
     from packaging.requirements import Requirement
 
-    for needed in map(Requirement, importlib.metadata.requires("sn_jax")):
-        if needed.marker is None and importlib.metadata.version(needed.name) not in needed.specifier:
-            print(f"sn_jax needs {{needed}}: run  %pip install -U {{needed.name}}  and restart.")
-    print(jax.devices())'''
+    needs = map(Requirement, importlib.metadata.requires("sn_jax"))
+    for need in (need for need in needs if need.marker is None):  # extras have one
+        if importlib.metadata.version(need.name) not in need.specifier:
+            print(f"sn_jax needs {{need}}: run  %pip install -U {{need.name}}  and restart.")
+    print(jax.devices())"""
 BADGE = (
     "[![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)]"
     "(https://colab.research.google.com/github/{path}/blob/main/docs/notebooks/{name}.ipynb)"
@@ -88,7 +90,7 @@ def run(source: Path, out: Path, progress: bool) -> None:
     started = resource.getrusage(resource.RUSAGE_CHILDREN)
     made = notebook(source)
     with tempfile.TemporaryDirectory() as folder:
-        NotebookClient(made, timeout=3000, startup_timeout=600, resources={"metadata": {"path": folder}}).execute()
+        NotebookClient(made, **PATIENCE, resources={"metadata": {"path": folder}}).execute()
     for cell in made.cells:
         cell.metadata.clear()  # when each ran
     if made.metadata.get("language_info"):
