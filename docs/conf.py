@@ -53,6 +53,7 @@ nitpick_ignore_regex = [("py:.*", ".*")]  # types of other libraries; see links_
 add_module_names = False
 python_maximum_signature_line_length = 88
 napoleon_use_ivar = True
+napoleon_attr_annotations = False  # what aliases stand for; the signature has them
 napoleon_use_rtype = False
 autodoc_member_order = "bysource"
 copybutton_exclude = ".linenos, .gp, .go"
@@ -138,20 +139,22 @@ def written_signature(app, what, name, thing, options, signature, returns):
     """Arguments and types as the source has them: State and Array, not what they stand for."""
     if what not in ("class", "function", "method"):
         return None
+
+    def plain(node):
+        return re.sub(r"\b(_core|_rules|jax)\.(?=[A-Z])", "", ast.unparse(node))
+
     (node,) = ast.parse(textwrap.dedent(inspect.getsource(thing))).body
     if isinstance(node, ast.ClassDef):
         made = {item.name: item for item in node.body if isinstance(item, ast.FunctionDef)}
         maker = made.get("__init__") or made.get("__new__")
         if maker is None:
             fields = [item for item in node.body if isinstance(item, ast.AnnAssign)]
-            return f"({', '.join(map(ast.unparse, fields))})", None
+            return f"({', '.join(map(plain, fields))})", None
         node = maker
         node.returns = None
     if node.args.args and node.args.args[0].arg in ("self", "cls", "_cls"):
         del node.args.args[0]
-    plain = [re.sub(r"\b(_core|_rules|jax)\.(?=[A-Z])|'", "", ast.unparse(part))
-             for part in (node.args, node.returns) if part is not None]  # fmt: skip
-    return f"({plain[0]})", plain[1] if len(plain) > 1 else None
+    return f"({plain(node.args)})", plain(node.returns).strip("'") if node.returns else None
 
 
 def marked_docstring(app, what, name, thing, options, lines):

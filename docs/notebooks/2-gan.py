@@ -129,7 +129,7 @@ carry = (
     adam.init(g_params),
 )
 sigmas, losses = [], []
-for i, real in enumerate(itertools.islice(batches(0), 3000)):
+for i, real in enumerate(itertools.islice(batches(0), 1500)):
     carry, values = step(carry, real, jax.random.fold_in(keys[2], i))
     if i % 100 == 0:
         now = {"params": carry[0], "batch_stats": carry[1]}
@@ -149,7 +149,7 @@ def show(*rows):
         ax.grid(False)
 
 
-show(("real", images), ("generated, after 3,000 steps", samples))
+show(("real", images), ("generated, after 1,500 steps", samples))
 
 # %% [markdown]
 # The raw kernels' norms go where the optimizer drives them; the layers run on `W / sigma`, so the
@@ -240,11 +240,11 @@ def nnx_step(D, G, d_opt, g_opt, real, z):
     return d_value, g_value
 
 
-for i, real in enumerate(itertools.islice(batches(2), 1000)):
+for i, real in enumerate(itertools.islice(batches(2), 600)):
     z = jax.random.normal(jax.random.fold_in(keys[2], i), (batch, z_size))
     values = nnx_step(D, G, d_opt, g_opt, real, z)
 print({path: round(float(sigma), 2) for path, sigma in sn.spectral_norms(D).items()})
-show(("NNX, after 1,000 steps", G(jax.random.normal(jax.random.key(9), (40, z_size)))))
+show(("NNX, after 600 steps", G(jax.random.normal(jax.random.key(9), (40, z_size)))))
 
 # %% [markdown]
 # More of it: `python -m experiments.gan` in the repository trains the paper's networks at every

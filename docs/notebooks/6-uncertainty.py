@@ -77,7 +77,7 @@ def plain_features(h):
 
 # %%
 @partial(jax.jit, static_argnames=("c", "features", "classes", "steps"))
-def fit(key, x, y, blocks, c=None, features=random_features, classes=2, steps=600):
+def fit(key, x, y, blocks, c=None, features=random_features, classes=2, steps=400):
     """(blocks, weights of the last layer, their covariance); c is the bound, None for none."""
     size = FEATURES if features is random_features else WIDTH
     params = {"blocks": blocks, "out": jnp.zeros((size, classes))}
@@ -148,7 +148,7 @@ far = jax.random.normal(jax.random.key(3), (200, 2)) * 0.3 + jnp.array([-2.5, 2.
 
 models = {}
 print("blocks  c     rank corr. with distance  AUROC of a far cluster: variance  softmax")
-for depth in [5, 10, 20]:
+for depth in [5, 10]:
     for c in [0.95, None]:
         start = blocks_of(jax.random.key(0), depth)
         models[depth, c] = model = fit(jax.random.key(2), x, y, start, c)
@@ -176,11 +176,11 @@ for ax, (title, values) in zip(axes, pictures.items(), strict=True):
 fig.tight_layout()
 
 # %% [markdown]
-# **Two moons, read soberly.** The softmax is sure of itself far away from all data. The variance
-# is not, and it tells the far cluster apart *with and without* spectral normalization: random
-# features alone do that. What normalization changes is the picture: with it the variance follows
-# the distance; without it the blocks fold the plane, and the variance is nearly the same
-# everywhere but on the data.
+# **Two moons, read soberly.** The softmax is surest far away from all data: it tells the far
+# cluster apart worse than by chance. The variance is not, and it tells the far cluster apart
+# *with and without* spectral normalization: random features alone do that. What normalization
+# changes is the picture: with it the variance follows the distance; without it the blocks fold
+# the plane, and the variance is nearly the same everywhere but on the data.
 #
 # ## Digits
 #
@@ -216,4 +216,7 @@ ax.set(xlabel="AUROC: digits 6 to 9 against 0 to 5", xlim=(0.5, 1))
 fig.tight_layout()
 
 # %% [markdown]
-# @@VERDICT@@
+# **No gain here.** The softmax's confidence tells unknown digits apart better than the variance
+# does, and what normalization changes is no more than what the seed does. Nothing was tuned, the
+# length scale of the random features least of all; but whoever needs a detector on such data
+# should try the softmax first.
