@@ -102,6 +102,7 @@ def _recursion(n_x: int, matrices, sizes, thetas):
         if not s.size:
             es.append(0.0)
             lengths.append(0.0)
+            at += size
             continue
         if theta is None:
             top = float(np.linalg.eigvalsh((s + s.T) / 2)[-1])

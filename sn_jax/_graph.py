@@ -22,6 +22,7 @@ from sn_jax._pieces import ELEMENTWISE, Constant, Operation
 from sn_jax._trace import evaluate, inner_program
 
 Value = Operation | Constant
+_OTHER_PLATFORM = "another platform"
 
 # Loops are unrolled up to this many equations in all.
 UNROLLED = 4000
@@ -43,24 +44,28 @@ _IDENTITIES = {
 }  # fmt: skip
 
 
+class NoPlatform(ValueError):
+    """A branch by platform leaves this one out."""
+
+
 class Graph(NamedTuple):
     """What a function computes.
 
     Attributes:
       x: its argument.
       outputs: those of its results that depend on x.
-      n_platforms: of how many programs, one per platform, this is one.
+      platforms: whose programs can differ from this one.
       notes: what was taken for what, as sentences.
     """
 
     x: Operation
     outputs: list[Operation]
-    n_platforms: int
+    platforms: frozenset[str]
     notes: list[str]
 
 
-def graph_of(fn: Callable[..., Any], x: Any, platform: int = 0) -> Graph:
-    """The graph of ``fn`` at arguments like ``x``.
+def graph_of(fn: Callable[..., Any], x: Any, platform: str) -> Graph:
+    """The graph of ``fn`` at arguments like ``x``, on one platform.
 
     Raises:
       TypeError: not one floating-point array in ``x``, or no array among the results.
@@ -97,14 +102,14 @@ def graph_of(fn: Callable[..., Any], x: Any, platform: int = 0) -> Graph:
                 f"{y.where}: a result of type {y.dtype} depends on x by {y.op}: it jumps, so "
                 "there is no Lipschitz constant. Leave it out of what the function returns."
             )
-    return Graph(x, varying, builder.n_platforms, list(dict.fromkeys(builder.notes)))
+    return Graph(x, varying, frozenset(builder.platforms), list(dict.fromkeys(builder.notes)))
 
 
 class Builder:
     """Makes operations, each once."""
 
-    def __init__(self, platform: int = 0):
-        self.platform, self.n_platforms = platform, 1
+    def __init__(self, platform: str):
+        self.platform, self.platforms = platform, set[str]()
         self.notes: list[str] = []
         self.here = "?"  # the line that is being translated
         self.budget = UNROLLED
@@ -238,9 +243,17 @@ class Builder:
             self.here = outer
             return outputs
         if name == "platform_index":
-            self.n_platforms = max(self.n_platforms, len(eqn.params["platforms"]))
-            last = len(eqn.params["platforms"]) - 1
-            return [self.constant(np.int32(min(self.platform, last)))]
+            cases = eqn.params["platforms"]
+            # Of all that are not named one stands for the others.
+            named = {name for case in cases if case is not None for name in case}
+            self.platforms |= named | ({_OTHER_PLATFORM} if None in cases else set())
+            fits = [i for i, c in enumerate(cases) if c is None or self.platform in c]
+            if not fits:
+                raise NoPlatform(
+                    f"{self.here}: platform_dependent says nothing of {self.platform}: give it a "
+                    "default."
+                )
+            return [self.constant(np.int32(fits[0]))]
         constants = [a for a in inputs if isinstance(a, Constant)]
         if name == "cond" and isinstance(inputs[0], Constant):
             branches = eqn.params["branches"]

@@ -10,15 +10,28 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
+import scipy.linalg
 from scipy.sparse.linalg import LinearOperator, eigsh
 
 from sn_jax._ellipsoid import Block, ellipsoid
-from sn_jax._graph import Graph, graph_of
-from sn_jax._operation_norms import MOST_ENTRIES, MOST_ROWS, identity, norm, operation_norm
-from sn_jax._pieces import Operation, apply, is_linear, rounding_terms
+from sn_jax._graph import Graph, NoPlatform, graph_of
+from sn_jax._matrix_free import FAILURE, norm_above
+from sn_jax._operation_norms import (
+    MOST_ENTRIES,
+    MOST_ROWS,
+    convolution,
+    explicit_norm,
+    identity,
+    is_isometric,
+    norm,
+    operation_norm,
+)
+from sn_jax._pieces import Operation, apply, is_linear, products, rounding_terms
 from sn_jax._sources import RULES, Row, Rows, Source, Sources
 from sn_jax._symbols import UNIT, gamma
 
@@ -55,7 +68,8 @@ class LipschitzBound:
       method: the domain that it comes from.
       ops: a line for each nonlinear operation and each linear piece.
       failure_probability: the probability that ``upper`` is too small; 0 where no key was drawn.
-      bounds: method -> the bound by it, of those that ran.
+      bounds: (method, the bound by it) of those that ran.
+      seconds: (method, seconds of CPU time) of the same; the first has found the slopes as well.
       notes: what was taken for what, and what did not run, as sentences.
 
     Example:
@@ -71,6 +85,7 @@ class LipschitzBound:
     ops: tuple[Op, ...]
     failure_probability: float = 0.0
     bounds: tuple[tuple[str, float], ...] = ()
+    seconds: tuple[tuple[str, float], ...] = ()
     notes: tuple[str, ...] = ()
 
     def __str__(self) -> str:
@@ -145,12 +160,17 @@ def lipschitz_bound(
     if not rtol > 0:
         raise ValueError(f"rtol must be > 0; got {rtol}.")
     say = _Progress(progress)
-    results, platform, n_platforms = [], 0, 1
-    while platform < n_platforms:
-        graph = graph_of(fn, x, platform)
-        n_platforms = graph.n_platforms
-        results.append(_Bounds(graph, rtol, say).bound(method))
-        platform += 1
+    results, platforms = [], [jax.default_backend()]
+    for platform in platforms:
+        started = time.process_time()
+        try:
+            graph = graph_of(fn, x, platform)
+        except NoPlatform:  # it does not run there
+            if not results:
+                raise
+            continue
+        platforms += [other for other in graph.platforms if other not in platforms]
+        results.append(_Bounds(graph, rtol, say, started).bound(method))
     return max(results, key=lambda bound: bound.log_upper)
 
 
@@ -239,10 +259,10 @@ class _Forms:
       terms: operation -> how many roundings its entries went through.
     """
 
-    def __init__(self, most: int = MOST_ENTRIES):
+    def __init__(self, most: int = MOST_ENTRIES, most_each: int = MOST_ENTRIES):
         self.known: dict[Operation, dict[Operation, tuple[np.ndarray, np.ndarray]]] = {}
         self.terms: dict[Operation, int] = {}
-        self.most, self.kept = most, 0
+        self.most, self.most_each, self.kept = most, most_each, 0
 
     def seed(self, node: Operation) -> None:
         if node.size > MOST_ROWS:
@@ -264,7 +284,7 @@ class _Forms:
                 given = {a: form[source] for a, form in forms.items() if source in form}
                 n = len(next(iter(given.values()))[0])
                 self.kept += n * node.size
-                if n * node.size > MOST_ENTRIES or self.kept > self.most:
+                if n * node.size > self.most_each or self.kept > self.most:
                     raise _TooLargeError
                 stack = apply(node, {a: pair[0] for a, pair in given.items()})
                 sums = apply(node, {a: pair[1] for a, pair in given.items()}, absolute=True)
@@ -312,8 +332,12 @@ class _TooLargeError(Exception):
 class _Bounds:
     """All domains on one graph."""
 
-    def __init__(self, graph: Graph, rtol: float, say: _Progress):
-        self.graph, self.rtol, self.say = graph, rtol, say
+    def __init__(self, graph: Graph, rtol: float, say: _Progress, started: float = 0.0,
+                 most_entries: int = MOST_ENTRIES):  # fmt: skip
+        self.graph, self.rtol, self.say, self.started = graph, rtol, say, started
+        self.most_entries = most_entries
+        self.failures = 0  # of norms that are bounded by random products
+        self._products: dict[tuple[Any, ...], float] = {}
         self.all = Sources(graph.outputs, self.loop)
         self.sources: list[Source] = [self.all.sources[a] for a in self.all.order
                                       if a in self.all.sources]  # fmt: skip
@@ -323,7 +347,7 @@ class _Bounds:
             self.outputs = Rows(tuple(Row(((a, 1.0),)) for a in graph.outputs))
         self._maps: dict[tuple[Any, ...], dict[Operation, _Map] | None] = {}
         self._norms: dict[tuple[Any, ...], float] = {}
-        self._operations: dict[Operation, float | None] = {}
+        self._operations: dict[tuple[Operation, Operation], float] = {}
         self.notes = list(graph.notes)
 
     def bound(self, method: str) -> LipschitzBound:
@@ -332,6 +356,7 @@ class _Bounds:
             return LipschitzBound(0.0, -math.inf, names[0], ())
         runs: dict[str, tuple[float, list[Op]]] = {}
         blocks: list[Block] = []
+        seconds, started = {}, self.started
         for name in names:
             self.say(name)
             if name in ("product", "merged", "joint"):
@@ -346,12 +371,17 @@ class _Bounds:
                         runs[name] = self.ellipsoid(blocks, runs["shift"][1])
                 except _TooLargeError:
                     self.notes.append(f"{name} did not run: too many directions for one matrix.")
+            if name in runs:
+                seconds[name] = time.process_time() - started
+            started = time.process_time()
         best = min(runs, key=lambda name: runs[name][0])
         log_upper, ops = runs[best]
         bounds = tuple((name, _exp(value)) for name, (value, _) in runs.items())
         return LipschitzBound(
-            _exp(log_upper), log_upper, best, tuple(ops), 0.0, bounds, tuple(self.notes)
-        )
+            _exp(log_upper), log_upper, best, tuple(ops),
+            0.0 if best == "product" else self.failures * FAILURE, bounds,
+            tuple(seconds.items()), tuple(self.notes),
+        )  # fmt: skip
 
     # Domains with a constant for every source.
 
@@ -387,10 +417,12 @@ class _Bounds:
         if not outputs:
             return -math.inf, -math.inf
         carry, rest = params["carry"], params["rest"]
-        graph = Graph(carry, list(outputs), 1, [])
+        graph = Graph(carry, list(outputs), frozenset(), [])
         step = _Bounds(graph, self.rtol, self.say)
-        return (step.plain("joint", {carry: 0.0, rest: -math.inf})[0],
-                step.plain("joint", {carry: -math.inf, rest: 0.0})[0])  # fmt: skip
+        found = (step.plain("joint", {carry: 0.0, rest: -math.inf})[0],
+                 step.plain("joint", {carry: -math.inf, rest: 0.0})[0])  # fmt: skip
+        self.failures += step.failures
+        return found
 
     def moves(self, rows: Rows, logs, domain: str, ops: list[Op]) -> float:
         groups = [(row,) for row in rows.rows] if rows.added else [rows.rows]
@@ -411,6 +443,10 @@ class _Bounds:
                 if domain == "joint" and len(maps) > 1 and best < math.inf:
                     best = min(best, self.joint(maps, logs, parts))
                 best = min(best, self.by_corners(rows, logs))
+            else:
+                sources = self.reached(rows)
+                parts = [_times(_log(self.by_products(rows, s)), logs[s]) for s in sources]
+                best = min(best, _plus(*parts))
         else:
             sources = self.reached(rows)
         if sources is not None and len(sources) == 1 and math.isfinite(best):
@@ -446,18 +482,15 @@ class _Bounds:
         for node in sorted(order, key=lambda a: a.depth):
             inputs = [known[a] for a in node.args if isinstance(a, Operation)]
             if len(inputs) == 1:
-                if node not in self._operations:
-                    self._operations[node] = operation_norm(node, self.rtol)
-                value = self._operations[node]
-                if value is None:
-                    value = self._by_entries(node)
-                known[node] = _times(_log(value), inputs[0])
-            elif node.op in ("concatenate", "select_n", "dynamic_update_slice"):
+                known[node] = _times(_log(self._factor(node, node.inputs[0])), inputs[0])
+            elif node.op in ("concatenate", "stack", "select_n"):
                 known[node] = _hypot(*inputs)
-            else:
+            elif node.op in ("add", "add_any", "sub"):
                 known[node] = _plus(*inputs)
-                if node.op == "pad":  # the border's value is copied
-                    known[node] = _times(known[node], _log(math.sqrt(node.size)))
+            else:
+                known[node] = _plus(
+                    *(_times(_log(self._factor(node, a)), known[a]) for a in node.inputs)
+                )
         return _hypot(
             *(
                 _plus(*(_times(known[a], _log(float(np.max(np.abs(f), initial=0.0))))
@@ -466,16 +499,23 @@ class _Bounds:
             )
         )  # fmt: skip
 
-    def _by_entries(self, node: Operation) -> float:
-        """sqrt(largest row sum * largest column sum) is at most the Frobenius norm of sums."""
-        (a,) = node.inputs
-        sums = apply(node, {a: np.ones((1, *a.shape))}, absolute=True)
-        return float(np.linalg.norm(sums)) * (1 + 1e-6)
+    def _factor(self, node: Operation, a: Operation) -> float:
+        """The norm of a linear operation in one of its arguments."""
+        if (node, a) not in self._operations:
+            alone = len(node.operands) == 1
+            norm = operation_norm if alone else partial(explicit_norm, a=a)
+            value = norm(node, rtol=self.rtol)
+            if value is None:
+                # |A|_F is at most the length of the sums of absolute values in rows.
+                sums = apply(node, {a: np.ones((1, *a.shape))}, absolute=True)
+                value = float(np.linalg.norm(sums)) * (1 + 1e-6)
+            self._operations[node, a] = value
+        return self._operations[node, a]
 
     def maps(self, rows: tuple[Row, ...]) -> dict[Operation, _Map] | None:
         key = _identity(rows)
         if key not in self._maps:
-            forms = _Forms(4 * MOST_ENTRIES)
+            forms = _Forms(4 * self.most_entries, self.most_entries)
             try:
                 for a in self.reached(rows):
                     forms.seed(a)
@@ -483,6 +523,43 @@ class _Bounds:
             except _TooLargeError:
                 self._maps[key] = None
         return self._maps[key]
+
+    def by_products(self, rows: tuple[Row, ...], source: Operation) -> float:
+        """The norm of rows in one source where no matrix is formed; infinite where the rules are
+        as good."""
+        key = (_identity(rows), source)
+        if key not in self._products:
+            self._products[key] = self._by_products(rows, source)
+        return self._products[key]
+
+    def _by_products(self, rows: tuple[Row, ...], source: Operation) -> float:
+        order, todo = set(), [a for row in rows for a, _ in row.terms]
+        while todo:
+            a = todo.pop()
+            if a is not source and a not in order and a not in self.all.sources and a.op != "x":
+                order.add(a)
+                todo += a.inputs
+        order = sorted(order, key=lambda a: a.depth)
+        ways = [a for a in order if not is_isometric(a)]
+        if len(rows) == 1 and len(rows[0].terms) == 1 and all(len(a.operands) == 1 for a in order):
+            factor = rows[0].terms[0][1]
+            if len(ways) <= 1:
+                return math.inf
+            found = convolution(order) if np.ndim(factor) == 0 else None
+            if found is not None:
+                return abs(factor) * (1 + 4 * UNIT) * norm(*found[:1], self.rtol, *found[1:])
+        self.say(f"products of {rows[0].terms[0][0].where}")
+
+        def combine(known, absolute):
+            sign = np.abs if absolute else lambda x: x
+            return [
+                sum(sign(np.asarray(f, np.float64)) * known[a] for a, f in row.terms if a in known)
+                + np.zeros(row.terms[0][0].shape)
+                for row in rows
+            ]
+
+        self.failures += 1
+        return norm_above(products(order, combine, source))
 
     def norm(self, rows, source: Operation, part: _Map) -> float:
         key = (_identity(rows), source)
@@ -507,13 +584,17 @@ class _Bounds:
         errors = [m.error * s for (m, _, _), s in zip(live, scale, strict=True)]
         weights = np.array([max(math.exp(p - top), 1e-9) for _, _, p in live])
         best, best_weights = math.inf, weights
-        for _ in range(30 if blocks[0].shape[1] <= 256 else 4):
+        u = np.random.default_rng(0).standard_normal(blocks[0].shape[1])
+        for _ in range(30 if len(u) <= 256 else 8):
             weights = weights / weights.sum()
-            value, moved = _leading(blocks, weights)
-            if value > best * (1 + 1e-3):
-                break
+            value, u = _leading(blocks, weights, u)
             if value < best:
-                best, best_weights = value, weights
+                better, best, best_weights = best - value, value, weights
+            else:
+                better = 0.0
+            moved = np.array([np.linalg.norm(b @ u) for b in blocks])
+            if better <= 1e-5 * best or not moved.any():
+                break
             weights = np.sqrt(weights * np.maximum(moved, 1e-12 * moved.max()))
         stacked = np.concatenate(
             [b / math.sqrt(w) for b, w in zip(blocks, best_weights, strict=True)]
@@ -616,7 +697,7 @@ class _Bounds:
             if len(part) > 1:
                 # Estimates, for the weights alone.
                 guesses = [
-                    _times(_log(_leading([m.matrix], np.ones(1))[0]), logs[s])
+                    _times(_log(_leading([m.matrix], [1.0], None)[0]), logs[s])
                     for s, m in part.items()
                 ]
                 best = self.joint(part, logs, guesses)
@@ -679,20 +760,19 @@ def _active(rows: Rows, key) -> np.ndarray:
     return out
 
 
-def _leading(blocks: Sequence[np.ndarray], weights: np.ndarray) -> tuple[float, np.ndarray]:
-    """(norm of the stacked blocks over sqrt(w), |B_k u| of each for the vector u of it)."""
+def _leading(blocks: Sequence[np.ndarray], weights, start) -> tuple[float, np.ndarray]:
+    """An estimate of the norm of the stacked blocks over sqrt(w), and the vector u of it."""
     n = blocks[0].shape[1]
     if n <= 256:
         gram = sum(b.T @ b / w for b, w in zip(blocks, weights, strict=True))
-        values, vectors = np.linalg.eigh(gram)
-        value, u = values[-1], vectors[:, -1]
+        values, vectors = scipy.linalg.eigh(gram, subset_by_index=[n - 1, n - 1])
+        if not values.size:  # LAPACK's search for one of many equal ones can fail
+            values, vectors = (part[..., -1:] for part in np.linalg.eigh(gram))
     else:
 
         def multiply(x):
             return sum(b.T @ (b @ x) / w for b, w in zip(blocks, weights, strict=True))
 
-        start = np.random.default_rng(0).standard_normal(n)
         operator = LinearOperator((n, n), multiply, dtype=float)  # type: ignore
         values, vectors = eigsh(operator, k=1, which="LA", tol=1e-3, v0=start)  # type: ignore
-        value, u = values[0], vectors[:, 0]
-    return math.sqrt(max(value, 0.0)), np.array([np.linalg.norm(b @ u) for b in blocks])
+    return math.sqrt(max(float(values[0]), 0.0)), vectors[:, 0]

@@ -449,8 +449,10 @@ def _is_definite(shift: float, gram: np.ndarray) -> bool:
     """Whether Cholesky of ``shift I - gram`` runs to its end."""
     shifted = np.negative(gram)
     shifted.flat[:: len(gram) + 1] += shift
-    # NumPy's Cholesky, since the products are NumPy's: SciPy brings a BLAS of its own, and the
-    # threads of the two would compete for the cores.
+    if len(gram) > _SMALL:
+        # In place, several times as fast as NumPy's; the transpose lies in Fortran's order.
+        (factorize,) = scipy.linalg.get_lapack_funcs(("potrf",), (shifted,))
+        return factorize(shifted.T, lower=1, clean=0, overwrite_a=1)[1] == 0
     try:
         np.linalg.cholesky(shifted)
     except np.linalg.LinAlgError:

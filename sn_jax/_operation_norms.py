@@ -2,8 +2,11 @@
 
 import math
 import warnings
+from collections.abc import Sequence
 
 import numpy as np
+import scipy.sparse
+from scipy.sparse.csgraph import connected_components
 
 from sn_jax._norms import norm_bounds
 from sn_jax._pieces import Constant, Operation, apply, is_indexing, rounding_terms
@@ -23,11 +26,39 @@ def norm(matrix: np.ndarray, rtol: float, error: float = 0.0, view=None) -> floa
     if view is None:
         if not matrix.any():
             return error
+        if matrix.ndim == 2 and min(matrix.shape) > _SMALL:
+            stacks = _blocks(matrix)
+            if stacks is not None:
+                return max(norm(stack, rtol, error) for stack in stacks)
         view, rtol = Matrix(), min(rtol, 1e-10) if min(matrix.shape[-2:]) <= _SMALL else rtol
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of brackets wider than rtol: the upper end holds
         upper = np.max(norm_bounds(matrix, view, rtol=rtol).upper)  # type: ignore
     return float(np.nextafter(upper + error, math.inf))
+
+
+def _blocks(matrix: np.ndarray) -> list[np.ndarray] | None:
+    """Stacks (k, m, n) of the blocks that some order of rows and columns shows, each once."""
+    if np.count_nonzero(matrix) > matrix.size // 2:
+        return None
+    edges = scipy.sparse.coo_array(matrix)
+    n_rows = matrix.shape[0]
+    graph = scipy.sparse.coo_array(
+        (np.ones(edges.nnz, np.int8), (edges.row, edges.col + n_rows)), (sum(matrix.shape),) * 2
+    )
+    count, label = connected_components(graph, directed=False)
+    if count < 2:
+        return None
+    # Places of one component stand together, in their old order.
+    order = np.argsort(label, kind="stable")
+    groups = np.split(order, np.cumsum(np.bincount(label, minlength=count))[:-1])
+    found: dict[tuple[int, ...], dict[bytes, np.ndarray]] = {}
+    for group in groups:
+        at = np.searchsorted(group, n_rows)
+        block = np.ascontiguousarray(matrix[np.ix_(group[:at], group[at:] - n_rows)])
+        if block.size:
+            found.setdefault(block.shape, {})[block.tobytes()] = block
+    return [np.stack([*blocks.values()]) for blocks in found.values()]
 
 
 def operation_norm(node: Operation, rtol: float) -> float | None:
@@ -94,23 +125,74 @@ def _matrix_norm(node: Operation, rtol: float) -> float:
 
 def _convolution_norm(node: Operation, rtol: float) -> float | None:
     """By the view of the kernel, on one image."""
-    (a,), params = node.inputs, node.params
-    if not isinstance(node.args[1], Constant) or params["batch_group_count"] != 1:
-        return explicit_norm(node, a, rtol)
-    numbers, kernel = params["dimension_numbers"], node.args[1].array
-    n = kernel.ndim - 2
+    found = convolution([node])
+    if found is None:
+        return explicit_norm(node, node.inputs[0], rtol)
+    return norm(found[0], rtol, *found[1:])
+
+
+def is_isometric(node: Operation) -> bool:
+    """Whether it moves entries, or adds constants, and no more."""
+    if len(node.operands) != 1:
+        return False
+    if node.op in ("neg", "add", "add_any", "sub"):
+        return True
+    return is_indexing(node.op) and node.size == node.inputs[0].size
+
+
+def convolution(order: Sequence[Operation]) -> tuple[np.ndarray, float, Conv] | None:
+    """(kernel, how much it errs, view) of a chain of operations that is one convolution: with
+    constants added, and channels multiplied by constants before it or after. None of others."""
+    (place, node), *others = [
+        (i, a) for i, a in enumerate(order) if a.op == "conv_general_dilated"
+    ] or [(0, order[0])]
+    kernel, params = node.args[-1], node.params
+    if others or node.op != "conv_general_dilated" or not isinstance(kernel, Constant):
+        return None
+    numbers, n = params["dimension_numbers"], len(kernel.shape) - 2
+    groups = params["feature_group_count"]
     out, in_, *spatial = numbers.rhs_spec
     if not 1 <= n <= 3 or any(low < 0 or high < 0 for low, high in params["padding"]):
-        return explicit_norm(node, a, rtol)
+        return None
+    if params["batch_group_count"] != 1:
+        return None
+    w = kernel.array.transpose(*spatial, in_, out)
+    scaled = 0
+    for i, a in enumerate(order):
+        if a is node or a.op in ("neg", "add", "add_any", "sub"):
+            continue
+        if a.op not in ("mul", "div"):
+            return None
+        channels = _channels(a, (numbers.out_spec if i > place else numbers.lhs_spec)[1])
+        if channels is None:
+            return None
+        if i < place and groups > 1:
+            return None
+        w = w * (channels if i > place else channels[:, None])
+        scaled += 2
     view = Conv(
-        input_shape=tuple(a.shape[i] for i in numbers.lhs_spec[2:]),
+        input_shape=tuple(node.inputs[0].shape[i] for i in numbers.lhs_spec[2:]),
         strides=tuple(params["window_strides"]),
         padding=tuple(map(tuple, params["padding"])),
         input_dilation=tuple(params["lhs_dilation"]),
         kernel_dilation=tuple(params["rhs_dilation"]),
-        feature_group_count=params["feature_group_count"],
+        feature_group_count=groups,
     )
-    return norm(kernel.transpose(*spatial, in_, out), rtol, view=view)
+    # A tap's matrix has at most the norm that it has by its entries, and shifts have 1.
+    size = float(np.sum(np.sqrt(np.sum(w**2, (-1, -2)))))
+    return w, gamma(scaled) * size * (1 + 1e-9), view
+
+
+def _channels(a: Operation, axis: int) -> np.ndarray | None:
+    """The factors of a product with a constant that depends on one axis only."""
+    constant = next(c for c in a.args if isinstance(c, Constant))
+    if a.op == "div" and constant is a.args[0]:
+        return None
+    c = np.broadcast_to(constant.array, a.shape)
+    if a.op == "div":
+        c = 1 / c
+    first = np.moveaxis(c, axis, -1).reshape(-1, a.shape[axis])
+    return first[0] if np.all(first == first[0]) and np.isfinite(first).all() else None
 
 
 def _window_norm(node: Operation, rtol: float) -> float:

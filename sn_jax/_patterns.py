@@ -1,6 +1,7 @@
 r"""Operations that have a Lipschitz constant only together, recognized by their structure.
 
-Softmax, logsumexp, normalization of groups (layer, group and RMS norms, l2), the larger of two: all
+Softmax, logsumexp, lengths and normalization of groups (layer, group and RMS norms, l2), the
+larger of two: all
 by what is computed from what, whatever library wrote it. That groups agree (what is summed, and
 over what the result is spread) is checked entry by entry, on numbers of entries. What is not
 matched stays as it is, so that a pattern missed costs tightness and nothing else.
@@ -23,8 +24,12 @@ def recognized(builder, op: str, args, params, shape) -> Operation | Constant | 
     varying = [a for a in args if isinstance(a, Operation)]
     if op == "abs" and varying and _is_positive(varying[0]):
         return varying[0]
+    if op == "sign" and varying and _is_positive(varying[0], strictly=True):
+        return builder.constant(np.ones(shape, varying[0].dtype))
     if op == "log" and varying:
         return _logarithm(builder, varying[0])
+    if op == "sqrt" and varying:
+        return _length(builder, varying[0])
     if op == "div" and isinstance(args[1], Operation):
         return _quotient(builder, *args)
     if op == "mul" and len(varying) == 2:
@@ -36,10 +41,17 @@ def recognized(builder, op: str, args, params, shape) -> Operation | Constant | 
     return None
 
 
-def _is_positive(a: Operation) -> bool:
-    return a.op in ("exp", "square", "abs", "logistic") or (
-        a.op in ("reduce_sum", "reduce_max") and _is_positive(a.inputs[0])
-    )
+def _is_positive(a: Operation, strictly: bool = False) -> bool:
+    """Whether no value is negative, nor zero if asked."""
+    if is_indexing(a.op):
+        return _is_positive(a.inputs[0], strictly)
+    if a.op in ("reduce_sum", "reduce_max"):
+        (inner,) = a.inputs
+        found = _exponential(inner) if a.op == "reduce_sum" else None
+        if found is not None:
+            return not strictly or bool(np.sum(found[1], a.params["axes"]).all())
+        return _is_positive(inner, strictly)
+    return a.op in ("exp", "logistic") or (a.op in ("square", "abs") and not strictly)
 
 
 def _larger(builder, op: str, a: Operation, b: Operation) -> Operation:
@@ -78,15 +90,49 @@ def _summed(total: Operation) -> np.ndarray:
     return np.broadcast_to(_numbers(total.shape).reshape(kept), shape)
 
 
-def _members(total: Operation, inner: str) -> tuple[Operation, np.ndarray] | None:
-    """(what a sum of functions ``inner`` of entries takes, the group of each of its entries)."""
-    operand, outside = _source(total.inputs[0], bijective=True)
-    if operand.op != inner:
-        return None
-    base, inside = _source(operand.inputs[0], bijective=True)
+def _members(total: Operation, function: Operation) -> tuple[Operation, np.ndarray]:
+    """(what a sum of a function of entries is of, the group of each of its entries)."""
+    _, outside = _source(total.inputs[0], bijective=True)
+    base, inside = _source(function.inputs[0], bijective=True)
     group = np.empty(base.size)
     group[inside.ravel()[outside.ravel().astype(int)].astype(int)] = _summed(total).ravel()
     return base, group
+
+
+def _exponential(node: Operation) -> tuple[Operation, np.ndarray] | None:
+    """(e, weights >= 0) of ``e = exp(..)`` with constant weights, as masks are; None of others."""
+    if node.op == "exp":
+        return node, np.ones(node.shape)
+    inner = [a for a in node.inputs if a.op == "exp" and a.shape == node.shape]
+    if len(inner) != 1 or len(node.operands) != 1:
+        return None
+    (e,) = inner
+    weights = None
+    if node.op == "select_n":
+        which, *cases = node.args
+        place = cases.index(e)
+        if all(case is e or case.uniform() == 0 for case in cases):  # type: ignore
+            weights = np.broadcast_to(which.array == place, node.shape).astype(float)  # type: ignore
+    elif node.op == "mul":
+        (c,) = (a for a in node.args if isinstance(a, Constant))
+        weights = np.broadcast_to(c.array, node.shape)
+    if weights is None or not np.all((weights >= 0) & np.isfinite(weights)):
+        return None
+    return e, weights
+
+
+def _is_lowest(t: Operation | Constant) -> np.ndarray:
+    """Where it is minus infinity, as constants that masks put there."""
+    if isinstance(t, Constant):
+        return t.array == -math.inf
+    if t.op in ("add", "sub"):
+        parts = [_is_lowest(a) for a in (t.args if t.op == "add" else t.args[:1])]
+        return np.broadcast_to(np.any(np.broadcast_arrays(*parts), axis=0), t.shape)
+    if t.op == "select_n" and isinstance(t.args[0], Constant):
+        which = t.args[0].array
+        parts = [(which == i) & _is_lowest(a) for i, a in enumerate(t.args[1:])]
+        return np.broadcast_to(np.any(np.broadcast_arrays(*parts), axis=0), t.shape)
+    return np.zeros(t.shape, bool)
 
 
 def _same_difference(a: Operation, b: Operation) -> bool:
@@ -129,6 +175,8 @@ def _expression(node: Operation) -> tuple[_Tree, np.ndarray] | None:
         return inner and (inner[0], permuted(node, inner[1]))
     if node.op == "reduce_sum":
         return node, _numbers(node.shape)
+    if node.op == "length":
+        return node.params["tree"], _numbers(node.shape)
     if node.op not in ELEMENTWISE or not node.inputs:
         return None
     parts, groups = [], None
@@ -232,35 +280,43 @@ def _quotient(builder, a, b: Operation):
     if found is None:
         return None
     tree, groups = found
-    a, factors = _without_factors(builder, a)
-    result = None
-    if isinstance(tree, Operation) and a.op == "exp":
-        result = _softmax(builder, a, tree, groups)
-    elif (parts := _root_of(tree)) is not None:
-        result = _normalized(builder, a, *parts, groups)
-    return result and _times(builder, result, factors)
+    for core, factors in _with_and_without_factors(builder, a):
+        result = None
+        if isinstance(tree, Operation):
+            result = _softmax(builder, core, tree, groups)
+        elif (parts := _root_of(tree)) is not None:
+            result = _normalized(builder, core, *parts, groups)
+        if result is not None:
+            return _times(builder, result, factors)
+    return None
 
 
 def _scaled(builder, a: Operation, b: Operation):
     """The same, as a product with a reciprocal, and constant factors anywhere."""
-    for u, scale in ((a, b), (b, a)):
-        u, factors = _without_factors(builder, u)
+    for whole, scale in ((a, b), (b, a)):
         scale, more = _without_factors(builder, scale)
         found = _expression(scale)
-        if found is None or u.shape != scale.shape:
+        if found is None or whole.shape != scale.shape:
             continue
         tree, groups = found
-        result = None
         parts = _reciprocal_root(tree)
-        if parts is not None:
-            result = _normalized(builder, u, *parts, groups)
-        elif u.op == "exp" and isinstance(tree, tuple):
-            total = tree[1] if tree[0] == "power-1" else tree[-1]
-            if tree[0] == "power-1" or tree[:2] == ("div", 1.0):
-                result = _softmax(builder, u, total, groups)
-        if result is not None:
-            return _times(builder, result, [*factors, *more])
+        for u, factors in _with_and_without_factors(builder, whole):
+            result = None
+            if parts is not None:
+                result = _normalized(builder, u, *parts, groups)
+            elif isinstance(tree, tuple):
+                total = tree[1] if tree[0] == "power-1" else tree[-1]
+                if tree[0] == "power-1" or tree[:2] == ("div", 1.0):
+                    result = _softmax(builder, u, total, groups)
+            if result is not None:
+                return _times(builder, result, [*factors, *more])
     return None
+
+
+def _with_and_without_factors(builder, a: Operation):
+    """Of what a group is made, its factors may be a part or not."""
+    core, factors = _without_factors(builder, a)
+    return [(a, [])] if core is a else [(a, []), (core, factors)]
 
 
 def _without_factors(builder, a: Operation) -> tuple[Operation, list[tuple[str, Constant]]]:
@@ -294,19 +350,29 @@ def _times(builder, a, factors):
     return a
 
 
-def _softmax(builder, e: Operation, total: Any, groups: np.ndarray):
+def _softmax(builder, a: Operation, total: Any, groups: np.ndarray):
+    """``exp(z) / sum(exp(z))``, also over some of the entries, with zeros in place of others."""
     if not isinstance(total, Operation):
         return None
-    found = _members(total, "exp")
-    if found is None or _source(total.inputs[0], bijective=True)[0] is not e:
+    above = _exponential(a)
+    below = _exponential(_source(total.inputs[0], bijective=True)[0])
+    if above is None or below is None or above[0] is not below[0]:
         return None
-    base, member = found
+    (e, above), (_, below) = above, below
     z, entries = _source(e.inputs[0], bijective=True)
-    if z is not base or not np.array_equal(member[entries.astype(int)], groups):
+    _, member = _members(total, e)
+    if not np.array_equal(member[entries.astype(int)], groups):
         return None
-    z = _without_shift(e.inputs[0], groups)[0]
+    nothing = _is_lowest(e.inputs[0])
+    if not np.all(nothing | (above == 0) | (above == below)):
+        return None
     params = {"groups": builder.constant(groups)}
-    return builder.operation("softmax", [z], params, e.shape, e.dtype, builder.here)
+    z = _without_shift(e.inputs[0], groups)[0]
+    out = builder.operation("softmax", [z], params, e.shape, e.dtype, builder.here)
+    dropped = ~nothing & (above == 0) & (below > 0)
+    if dropped.any():
+        out = builder.like("mul", out, builder.constant(np.where(dropped, 0.0, 1.0)))
+    return out
 
 
 def _without_shift(t: Operation, groups: np.ndarray):
@@ -323,9 +389,12 @@ def _logarithm(builder, a: Operation):
         return inner and builder.emit(
             a.op, [inner], a.params, a.shape, a.dtype, builder.here, a.primitive, a.out
         )
-    if a.op != "reduce_sum" or a.inputs[0].op != "exp":
+    if a.op == "exp":
+        return a.inputs[0]
+    found = _exponential(a.inputs[0]) if a.op == "reduce_sum" else None
+    if found is None or not _is_positive(a, strictly=True):
         return None
-    z, m = _without_shift(a.inputs[0].inputs[0], _summed(a))
+    z, m = _without_shift(found[0].inputs[0], _summed(a))
     axes = tuple(int(axis) for axis in a.params["axes"])
     out = builder.operation("logsumexp", [z], {"axes": axes}, a.shape, a.dtype, builder.here)
     if isinstance(m, Constant):
@@ -342,6 +411,28 @@ def _logarithm(builder, a: Operation):
     return builder.like("sub", out, row)
 
 
+def _length(builder, a: Operation):
+    """sqrt(k |u|^2 + eps) of groups, of as many as there are results."""
+    found = _expression(a)
+    if found is None:
+        return None
+    tree, groups = found
+    squares = _multiple(_under_root(tree)[0])
+    if squares is None or squares[0] <= 0:
+        return None
+    k, total = squares
+    function, _ = _source(total.inputs[0], bijective=True)
+    if function.op != "square" or not np.array_equal(groups.ravel(), np.arange(total.size)):
+        return None
+    u, member = _members(total, function)
+    params = {
+        "tree": ("sqrt", tree),
+        "lipschitz": math.sqrt(k) * (1 + 2**-50),
+        "groups": builder.constant(member),
+    }
+    return builder.operation("length", [u], params, a.shape, a.dtype, builder.here)
+
+
 def _normalized(builder, u: Operation, tree: _Tree, least: float, groups: np.ndarray):
     """u / sqrt(k |u|^2 + eps) on groups, at most 1/sqrt(k) and with derivatives up to 1/least."""
     found = _take(tree, "max")
@@ -352,10 +443,10 @@ def _normalized(builder, u: Operation, tree: _Tree, least: float, groups: np.nda
     if squares is None or squares[0] <= 0:
         return None
     k, total = squares
-    members = _members(total, "square")
-    if members is None:
+    function, _ = _source(total.inputs[0], bijective=True)
+    if function.op != "square":
         return None
-    base, member = members
+    base, member = _members(total, function)
     own, entries = _source(u, bijective=True)
     if not centered and own is not base and _same_difference(own, base):
         own = base

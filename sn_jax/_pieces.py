@@ -7,14 +7,16 @@ NumPy computes the common ones, so that nothing is compiled; JAX the others.
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any, Union
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sn_jax._symbols import on_host
+from sn_jax._matrix_free import Products
+from sn_jax._symbols import UNIT, gamma, on_host
 
 Stack = np.ndarray  # (k, *shape), float64
 _ANY = 1000
@@ -96,6 +98,8 @@ def is_linear(node: Operation) -> bool:
         return sum(constant) == 1
     if node.op == "select_n":
         return constant[0]
+    if node.op in _SCATTER:
+        return constant[1]
     return node.op in _LINEAR and all(constant[_LINEAR[node.op] :])
 
 
@@ -121,10 +125,16 @@ def roots(node: Operation) -> Iterator[Operation]:
 
 def rounding_terms(node: Operation) -> int:
     """How many roundings can lie between an entry of the result and those it is computed from."""
-    if node.op in _INDEXING or node.op in ("select_n", "concatenate", "pad", "neg", "gather"):
+    if node.op in _INDEXING or node.op in (
+        "select_n", "concatenate", "stack", "pad", "neg", "gather", "scatter",
+        "dynamic_update_slice",
+    ):  # fmt: skip
         return 0
     if node.op in _ENTRYWISE:
         return 2
+    if node.op == "conv_general_dilated":
+        (kernel,) = (a for a in node.args[1:] if isinstance(a, Constant))
+        return 4 + kernel.value.size // kernel.shape[node.params["dimension_numbers"].rhs_spec[0]]
     # A sum has at most as many terms as there are entries of either factor.
     return 4 + min(math.prod(a.shape) for a in node.args if a.shape)
 
@@ -150,6 +160,74 @@ def apply(node: Operation, stacks: Mapping[Operation, Stack], *, absolute: bool 
     if node.op in _NUMPY:
         return _NUMPY[node.op](node.params, args, (k, *node.shape), absolute)
     return _by_jax(node, args, absolute)
+
+
+def products(order: Sequence[Operation], combine: Callable, source: Operation) -> Products:
+    """What the linear operations ``order`` make of a source, as products with vectors.
+
+    Args:
+      order: the operations between the source and what ``combine`` takes, in the order of the
+        graph; what does not come from the source is zero.
+      combine: {operation: array} and whether absolute values are meant -> list of arrays.
+      source: the variable.
+    """
+    absolute = [False, True]
+    values = [[_value(node, i, sign) for node in order for i in range(len(node.args))]
+              for sign in absolute]  # fmt: skip
+
+    def run(constants, x, sign):
+        known, given = {source: x}, iter(constants)
+        for node in order:
+            own = [next(given) for _ in node.args]
+            if any(a in known for a in node.args):
+                args = [
+                    known[a] if a in known else jnp.zeros(a.shape) if c is None else c
+                    for a, c in zip(node.args, own, strict=True)
+                ]
+                known[node] = _bound(node, args, sign)
+        return jnp.concatenate([jnp.ravel(y) for y in combine(known, sign)])
+
+    with on_host():
+        x = jax.ShapeDtypeStruct(source.shape, np.float64)
+        forward = [jax.jit(jax.vmap(partial(run, sign=sign), (None, 0))) for sign in absolute]
+
+        def transposed(constants, y, sign):
+            return jax.linear_transpose(partial(run, constants, sign=sign), x)(y)[0]
+
+        backward = [jax.jit(jax.vmap(partial(transposed, sign=sign), (None, 0)))
+                    for sign in absolute]  # fmt: skip
+
+    def call(function, constants, x, shape):
+        with on_host():
+            return np.asarray(function(constants, x.reshape(-1, *shape))).reshape(len(x), -1)
+
+    rows = call(forward[1], values[1], np.ones((1, source.size)), source.shape)
+    columns = call(backward[1], values[1], np.ones_like(rows), rows.shape[1:])
+    # Sums of a row or column have no more terms than there are roundings on any way.
+    uses = sum(len(node.args) for node in order)
+    terms = 16 + uses + sum(rounding_terms(a) + _transposed_terms(a) for a in order)
+    top = math.sqrt(float(np.max(rows, initial=0.0)) * float(np.max(columns, initial=0.0)))
+    return Products(
+        lambda x: call(forward[0], values[0], x, source.shape),
+        lambda y: call(backward[0], values[0], y, rows.shape[1:]),
+        source.size,
+        top * (1 + gamma(terms)) * (1 + 8 * UNIT),
+        terms,
+    )
+
+
+def _transposed_terms(node: Operation) -> int:
+    """As ``rounding_terms``, of the transpose."""
+    constants = [a for a in node.args if isinstance(a, Constant)]
+    if node.op in (*_ENTRYWISE, "neg", "select_n", "reduce_sum", "concatenate", "stack", "pad"):
+        return 0
+    if node.op == "broadcast_in_dim":
+        return node.size // max(1, node.inputs[0].size)
+    if node.op in _INDEXING:
+        return 0
+    if node.op in ("dot_general", "conv_general_dilated"):
+        return 4 + min(constants[0].value.size, node.size)
+    return 4 + node.size
 
 
 def permuted(node: Operation, x: np.ndarray) -> np.ndarray:
@@ -236,6 +314,15 @@ def _concatenate(params, args, shape, absolute):
     return out
 
 
+def _stack(params, args, shape, absolute):
+    del absolute
+    axis, out = params["axis"] + 1, np.zeros(shape)
+    for i, x in enumerate(args):
+        if not isinstance(x, Constant):
+            out[(slice(None),) * axis + (i,)] = x
+    return out
+
+
 def _reverse(params, args, shape, absolute):
     del shape, absolute
     return np.flip(args[0], _axes(params["dimensions"]))
@@ -290,13 +377,16 @@ _NUMPY: dict[str, Callable[..., Stack]] = {
     "div": _div,
     "select_n": _select,
     "concatenate": _concatenate,
+    "stack": _stack,
     "reduce_sum": lambda p, a, shape, _: np.sum(a[0], _axes(p["axes"])),
     "cumsum": _cumsum,
     "dot_general": _dot,
 }
+# (operand, indices, updates): linear in both others, at constant indices.
+_SCATTER = {"scatter", "scatter-add"}
 # How many of the first arguments of a linear primitive may depend on x.
 _LINEAR = {
-    **dict.fromkeys(("add", "add_any", "sub", "concatenate"), _ANY),
+    **dict.fromkeys(("add", "add_any", "sub", "concatenate", "stack"), _ANY),
     **dict.fromkeys(
         (
             "reshape", "squeeze", "expand_dims", "transpose", "broadcast_in_dim", "slice",
@@ -315,8 +405,25 @@ _INDEXING = {
 _ENTRYWISE = {"add", "add_any", "sub", "mul", "div"}
 
 
-def _by_jax(node: Operation, args, absolute) -> Stack:
-    """By the primitive itself, with all floats in float64."""
+_FACTORS = {"mul", "div", "dot_general", "conv_general_dilated"}
+
+
+def _value(node: Operation, i: int, absolute: bool) -> np.ndarray | None:
+    """A constant argument of the linear part, in float64; None of what is no constant."""
+    c = node.args[i]
+    if isinstance(c, Operation):
+        return None
+    if not jnp.issubdtype(c.value.dtype, jnp.floating):
+        return np.asarray(c.value)
+    x = _factor(c, absolute) if node.op in _FACTORS else np.zeros(c.shape)
+    elementwise = node.op in ELEMENTWISE
+    return np.broadcast_to(x, node.shape) if elementwise else x
+
+
+def _bound(node: Operation, args: Sequence[Any], absolute: bool) -> Any:
+    """The primitive itself on these, with all floats in float64."""
+    if absolute and node.op in ("sub", "neg"):
+        return args[0] + args[1] if node.op == "sub" else args[0]
     params = dict(node.params)
     if params.get("preferred_element_type") is not None:
         params["preferred_element_type"] = np.dtype(np.float64)
@@ -324,24 +431,18 @@ def _by_jax(node: Operation, args, absolute) -> Stack:
         params["fill_value"] = 0.0
     primitive = node.primitive
     assert primitive is not None
-    values, stacked = [], []
-    for x in args:
-        stacked.append(not isinstance(x, Constant))
-        if isinstance(x, Constant):
-            if not jnp.issubdtype(x.value.dtype, jnp.floating):
-                x = np.asarray(x.value)
-            elif node.op in ("pad", "dynamic_update_slice"):
-                x = np.zeros(x.shape)  # a border's values are no linear part
-            else:
-                x = _factor(x, absolute)
-        values.append(x)
+    y = primitive.bind(*map(jnp.asarray, args), **params)
+    return y[node.out] if primitive.multiple_results else y
+
+
+def _by_jax(node: Operation, args, absolute) -> Stack:
+    stacked = [not isinstance(x, Constant) for x in args]
     with on_host():
-        values = [jnp.asarray(x) for x in values]
+        values = [_value(node, i, absolute) for i in range(len(args))]
 
         def run(*stacks):
             given = iter(stacks)
             full = [next(given) if s else x for x, s in zip(values, stacked, strict=True)]
-            return primitive.bind(*full, **params)
+            return _bound(node, full, absolute)
 
-        y = jax.vmap(run)(*(x for x, s in zip(values, stacked, strict=True) if s))
-        return np.asarray(y[node.out] if primitive.multiple_results else y)
+        return np.asarray(jax.vmap(run)(*(x for x, s in zip(args, stacked, strict=True) if s)))

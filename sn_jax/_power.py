@@ -463,7 +463,8 @@ def noise(seed: Array | int, shape: tuple[int, ...], dtype) -> Array:
 
     A constant or periodic vector could be orthogonal to the leading singular vector of a
     structured matrix. Not ``jax.random``: its counter-based generator would be most of the time
-    that ``init`` takes to compile.
+    that ``init`` takes to compile (512 numbers on two CPU cores: 0.04 s to compile this, 0.21 to
+    0.28 s for ``jax.random.uniform``).
     """
     index = lax.iota(jnp.uint32, math.prod(shape))
     bits = _mix(index ^ _mix(jnp.asarray(seed, jnp.uint32)))

@@ -13,7 +13,8 @@ import jax
 import numpy as np
 
 from sn_jax._pieces import ELEMENTWISE, Operation, apply, is_indexing, is_linear, roots
-from sn_jax._slopes import Jump, Node, Ref, Unknown, slopes
+from sn_jax._scalar import Node, Ref, Unknown
+from sn_jax._slopes import Jump, slopes
 
 Interval = tuple[float, float]
 _EVERYTHING = (-math.inf, math.inf)
@@ -406,6 +407,8 @@ def _constant_of(node: Operation) -> tuple[float, bool, Interval | None, str] | 
         return 0.5, True, (0.0, 1.0), ""
     if op == "logsumexp":
         return 1.0, False, _EVERYTHING, ""
+    if op == "length":
+        return params["lipschitz"], False, (0.0, math.inf), ""
     if op == "normalize":
         lipschitz, bound = params["lipschitz"], params["bound"]
         reason = "" if math.isfinite(lipschitz) else "a length without eps is divided by"

@@ -1,6 +1,5 @@
 """Lipschitz constants from below: known norms, known constants, transformations of JAX."""
 
-import importlib
 from functools import partial
 
 import jax
@@ -8,9 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-# The module has no public name of its own.
-_attack = importlib.import_module("sn_jax._attack")
-local_lipschitz, lipschitz_attack = _attack.local_lipschitz, _attack.lipschitz_attack
+import sn_jax
+from sn_jax import lipschitz_attack, local_lipschitz
 
 A = np.sin(1.0 + np.arange(16.0).reshape(4, 4))
 B = np.cos(3 * A)
@@ -47,6 +45,14 @@ def test_it_is_never_above():
         assert local_lipschitz(lambda x: jnp.tanh(A @ x), x, n_steps=n_steps) <= exact * (1 + 1e-12)
 
 
+def test_the_default_iterates_until_it_is_close():
+    x = jax.random.normal(jax.random.key(2), (4,))
+    exact = np.linalg.norm(jax.jacobian(residual)(x), 2)
+    np.testing.assert_allclose(local_lipschitz(residual, x), exact, rtol=1e-3)
+    # The vector that it starts from is far from the one it finds.
+    assert local_lipschitz(residual, x, n_steps=0) < 0.9 * exact
+
+
 def test_it_is_jitted_and_mapped():
     xs = jax.random.normal(jax.random.key(0), (5, 4))
     single = [float(local_lipschitz(residual, x)) for x in xs]
@@ -72,11 +78,39 @@ def test_the_gradient_is_that_of_the_norm():
 
 
 def test_the_attack_reaches_the_constant_of_a_residual_net():
-    lower, x = lipschitz_attack(residual, jax.random.key(0), jnp.ones(4))
+    lower, x = lipschitz_attack(residual, jax.random.key(0), jnp.ones(4), regions=0)
     # A has rank 2: of the 16 patterns, whose largest norm is 3.858103905, x reaches eight.
     np.testing.assert_allclose(lower, 3.8440867858244, rtol=1e-9)
     jacobian = jax.jacobian(residual)(x)
     np.testing.assert_allclose(lower, np.linalg.norm(jacobian, 2), rtol=1e-9)
+
+
+KINKED = {
+    "relu": lambda x, w, v: v @ jax.nn.relu(w @ x + w[:, 0]),
+    "leaky": lambda x, w, v: x - v @ jax.nn.leaky_relu(w @ x - 0.3, 0.2),
+    "two layers": lambda x, w, v: jax.nn.relu(w @ jax.nn.relu(v @ jax.nn.relu(w @ x) - 0.1)),
+    "max-min, abs": lambda x, w, v: v @ jnp.abs(jnp.maximum(w @ x, w @ x[::-1] + 1)),
+    "clip": lambda x, w, v: jnp.clip(v @ jnp.clip(w @ x, -1, 0.5), -0.2, 0.2),
+    "opposite": lambda x, w, v: v @ (jax.nn.relu(w @ x) + 2 * jax.nn.relu(-(w @ x))),
+}
+
+
+@pytest.mark.parametrize("name", KINKED)
+def test_piecewise_linear_functions_are_enumerated(name):
+    rng = np.random.default_rng(0)
+    w, v = rng.standard_normal((4, 2)), rng.standard_normal((2, 4))
+    fn = partial(KINKED[name], w=w, v=v)
+    lower, _ = lipschitz_attack(fn, jax.random.key(0), jnp.ones(2), 1, restarts=0)
+    # In the plane many points find every region that is not tiny.
+    points = np.concatenate([s * rng.standard_normal((3000, 2)) for s in (0.3, 1.0, 10.0)])
+    jacobians = np.asarray(jax.jit(jax.vmap(jax.jacobian(fn)))(points))
+    np.testing.assert_allclose(lower, np.linalg.norm(jacobians, 2, (1, 2)).max(), rtol=1e-9)
+    assert lower <= sn_jax.lipschitz_bound(fn, jnp.ones(2), progress=False).upper
+
+
+def test_too_many_regions_are_climbed():
+    attack = partial(lipschitz_attack, residual, jax.random.key(0), jnp.ones(4), 20, restarts=2)
+    assert attack(regions=3).lower == attack(regions=0).lower < attack().lower
 
 
 def test_the_attack_climbs_a_smooth_function():
@@ -89,7 +123,7 @@ def test_the_attack_climbs_a_smooth_function():
 def test_the_attack_is_jitted():
     attack = jax.jit(partial(lipschitz_attack, residual, steps=20, restarts=2))
     key = jax.random.key(0)
-    eager = lipschitz_attack(residual, key, jnp.ones(4), 20, restarts=2)
+    eager = lipschitz_attack(residual, key, jnp.ones(4), 20, restarts=2, regions=0)
     np.testing.assert_allclose(attack(key, jnp.ones(4)).lower, eager.lower, rtol=1e-9)
 
 

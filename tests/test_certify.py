@@ -1,13 +1,15 @@
-"""experiments.certify: the attack in small, its oracle, and the command line."""
+"""experiments.certify: the attacks in small, their oracles, and the command line."""
 
+import dataclasses
 import json
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import sn_jax
 from experiments.certify import __main__ as certify
-from experiments.certify import attack, oracle
+from experiments.certify import attack, lipschitz, nets, oracle, sandwich
 
 pytestmark = pytest.mark.float32
 
@@ -65,6 +67,7 @@ def test_the_study_writes_its_table_and_picture(tmp_path, capsys):
         (["--cases", "many"], "many"),
         (["--frobnicate"], "frobnicate"),
         (["--out", "/dev/null/x"], "cannot be used"),
+        (["--nets", "--attack"], "separate runs"),
     ],
 )
 def test_bad_options_are_one_line(args, match, capsys):
@@ -73,3 +76,89 @@ def test_bad_options_are_one_line(args, match, capsys):
     assert error.startswith("error: ")
     assert match in error
     assert error.count("\n") == 1
+
+
+# lipschitz_bound.
+
+
+def test_random_programs_are_bounded_and_a_stopped_attack_goes_on(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(sandwich, "CLIMB_STEPS", 0)  # which the next test makes
+    args = ["--lipschitz-attack", "--no-progress", "--out", str(tmp_path)]
+    assert certify.main([*args, "--cases", "3"]) == 0
+    rows = (tmp_path / sandwich.ROWS).read_text()
+    # As a kill leaves it: the third row is cut short.
+    (tmp_path / sandwich.ROWS).write_text(rows[:-20])
+    assert certify.main([*args, "--cases", "5"]) == 0
+    results = json.loads((tmp_path / "lipschitz-attack.json").read_text())
+    assert (results["n_cases"], results["violations"], results["errors"]) == (5, [], [])
+    lines = (tmp_path / sandwich.ROWS).read_text().splitlines()
+    assert [json.loads(line)["index"] for line in lines] == [0, 1, 2, 3, 4]
+    assert lines[:2] == rows.splitlines()[:2]
+    assert results["slack"]["upper"]["median"] >= 1
+    assert "5 programs: 0 violations" in capsys.readouterr().out
+
+
+def test_a_bound_that_is_too_small_is_found(tmp_path, monkeypatch):
+    """By one part in a million, of a function whose constant is reached."""
+    monkeypatch.setattr(sandwich, "random_program", lambda rng: (lambda x: 3.0 * x, np.zeros(2)))
+    monkeypatch.setattr(sandwich, "ROUNDS", 1)
+    honest = sn_jax.lipschitz_bound
+
+    def shrunk(fn, x, **options):
+        return dataclasses.replace(honest(fn, x, **options), upper=3 * (1 - 1e-6))
+
+    monkeypatch.setattr(sn_jax, "lipschitz_bound", shrunk)
+    results = sandwich.attack(1, 7, tmp_path)
+    (row,) = results["violations"]
+    assert row["violated"] == ["upper"]
+    assert row["reproduce"] == "experiments.certify.sandwich.run_case(0, 7)"
+    # Two values alone say so, without any derivative.
+    assert row["reached"]["values"] > 3 * (1 - 1e-7)
+
+
+def test_descent_finds_what_a_linear_classifier_withstands():
+    """There the smallest perturbation that changes a decision is margin / |w_y - w_j|."""
+    rng = np.random.default_rng(0)
+    w, images = rng.standard_normal((16, 2)), rng.standard_normal((40, 4, 4, 1))
+    margins = images.reshape(40, 16) @ (w[:, 0] - w[:, 1])
+    labels = np.zeros(40, int)
+    withstood = margins / np.linalg.norm(w[:, 0] - w[:, 1])
+    radii = np.array([0.0, 0.3, 0.9])
+    left = lipschitz.under_attack(lambda x: x.reshape(len(x), -1) @ jnp.asarray(w), images,
+                                  labels, radii)  # fmt: skip
+    np.testing.assert_allclose(left, [(withstood > r).mean() for r in radii], atol=1 / 40)
+
+
+def test_constants_and_pictures(tmp_path, monkeypatch, capsys):
+    """All but the trainings: a linear network, whose every constant is its norm."""
+    w = np.random.default_rng(0).standard_normal((4, 3)).astype(np.float32)
+    monkeypatch.setattr(lipschitz, "ATTACK_STEPS", 2)
+    found = lipschitz.constants(lambda x: x @ w, np.zeros((1, 4), np.float32), {"kernel": w}, 0)
+    for key in lipschitz.QUANTITIES:
+        np.testing.assert_allclose(found[key], np.linalg.norm(w, 2), rtol=1e-5)
+    assert found["lower"] <= found["upper"] * (1 + 1e-5)
+    radii, share = [0.1 * i for i in range(31)], [1 - 0.03 * i for i in range(31)]
+    classifier = found | {
+        "accuracy": 0.9, "radii": radii, "attacked radii": radii[::3], "under attack": share[::3],
+        "claims": dict.fromkeys(("flattened", "product", "upper"), share),
+    }  # fmt: skip
+    monkeypatch.setattr(lipschitz, "discriminators", lambda *a, **k: {"none": found})
+    monkeypatch.setattr(lipschitz, "robustness", lambda *a, **k: dict.fromkeys("ab", classifier))
+    assert certify.main(["--lipschitz", "--out", str(tmp_path)]) == 0
+    assert json.loads((tmp_path / "constants.json").read_text())["networks"]["none"] == found
+    assert len(list(tmp_path.glob("*.png"))) == 2
+    out = capsys.readouterr().out
+    for label, *_ in lipschitz.QUANTITIES.values():
+        assert label in out
+
+
+def test_the_table_of_networks(tmp_path, monkeypatch, capsys):
+    name = "MLP 16-64-64-10, relu"
+    monkeypatch.setattr(nets, "NETS", {name: nets.NETS[name]})
+    args = ["--nets", "--seeds", "1", "--no-progress", "--out", str(tmp_path)]
+    assert certify.main(args) == 0
+    row = json.loads((tmp_path / "nets.json").read_text())["medians"][name]
+    bounds = [row[method] for method in nets.METHODS]
+    assert bounds == sorted(bounds, reverse=True)
+    assert 0 < row["lower"] <= bounds[-1] * (1 + 1e-5)
+    assert f"| {name} | " in capsys.readouterr().out

@@ -1,9 +1,9 @@
 """Slopes of scalar functions: known constants, sampled quotients, known pitfalls."""
 
-import importlib
 import math
 from functools import partial
 
+import fuzz_slopes
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,10 +11,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-# The module has no public name: lipschitz_bound is what users call.
-_slopes = importlib.import_module("sn_jax._slopes")
-Node, Ref, Jump, Unknown = _slopes.Node, _slopes.Ref, _slopes.Jump, _slopes.Unknown
-slopes = _slopes.slopes
+# They have no public names: lipschitz_bound is what users call.
+from sn_jax import _functions, _jets, _scalar, _slopes
+
+Node, Ref, Unknown = _scalar.Node, _scalar.Ref, _scalar.Unknown
+Jump, slopes = _slopes.Jump, _slopes.slopes
 inf = math.inf
 
 
@@ -284,14 +285,14 @@ def test_unknown_primitives_are_named():
 INNER = {"softplus": jax.nn.softplus, "log_cosh": lambda x: jnp.log(jnp.cosh(x))}
 
 
-@pytest.mark.parametrize("op", sorted(_slopes._UNARY))
+@pytest.mark.parametrize("op", sorted(_functions.UNARY))
 def test_jets_hold_the_derivatives(op):
     """f, f' and f'' as JAX has them, inside of the intervals of boxes wide and narrow."""
     fn = INNER.get(op) or getattr(jax.lax, f"{op}_p").bind
     if op in ("tan", "exp2", "logistic", "cbrt", "rsqrt", "sqrt", "exp", "log", "log1p", "tanh",
               "sin", "cos", "expm1"):  # fmt: skip
         fn = getattr(jax.lax, op)
-    rule = _slopes._UNARY[op]
+    rule = _functions.UNARY[op]
     rng = np.random.default_rng(0)
     low, high = max(rule.low, -30.0), min(rule.high, 30.0)
     x = np.concatenate([rng.uniform(low, high, 200), np.clip(rng.normal(size=200), low, high)])
@@ -299,7 +300,7 @@ def test_jets_hold_the_derivatives(op):
     width = 10.0 ** rng.uniform(-12, 1, x.size)
     boxes = np.array([np.maximum(x - width, low), np.minimum(x + rng.random(x.size) * width, high)])
     with np.errstate(all="ignore"):
-        jet = _slopes._Evaluation(boxes).run((("var", (), None), (op, (Ref(0),), None)))[-1]
+        jet = _jets.Evaluation(boxes).run((("var", (), None), (op, (Ref(0),), None)))[-1]
     first = jax.grad(fn)
     for part, exact in zip(jet[:3], (fn, first, jax.grad(first)), strict=True):
         y = np.asarray(jax.vmap(exact)(x))
@@ -436,3 +437,11 @@ DOMAINS = st.just((-inf, inf)) | st.tuples(
 @given(programs(), DOMAINS, st.integers(0, 1000))
 def test_no_quotient_is_outside(nodes, domain, seed):
     check_quotients(nodes, domain, seed)
+
+
+@pytest.mark.parametrize("index", range(40))
+def test_slopes_against_many_digits(index):
+    """The first programs of ``python tests/fuzz_slopes.py``."""
+    rng = np.random.default_rng([0, index])
+    nodes, domain = fuzz_slopes.random_nodes(rng), fuzz_slopes.random_domain(rng)
+    assert fuzz_slopes.violations(nodes, domain, rng) == []

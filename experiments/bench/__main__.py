@@ -15,6 +15,7 @@ from experiments.bench import (
     compile,
     conv,
     gan,
+    lipschitz,
     memory,
     norms,
     scaling,
@@ -27,8 +28,9 @@ from experiments.bench.timing import Row
 from experiments.cli import UserError, aligned, commit, parse, versions, write_text
 
 Suite = Literal[
-    "transform", "step", "compile", "tracking", "memory", "conv", "scaling", "norms", "comm", "gan"
-]
+    "transform", "step", "compile", "tracking", "memory", "conv", "scaling", "norms", "lipschitz",
+    "comm", "gan",
+]  # fmt: skip
 SUITES = {
     "transform": transform.rows,
     "step": step.rows,
@@ -38,6 +40,7 @@ SUITES = {
     "conv": conv.rows,
     "scaling": scaling.rows,
     "norms": norms.rows,
+    "lipschitz": lipschitz.rows,
     "comm": comm.rows,
     "gan": gan.rows,
 }

@@ -89,6 +89,26 @@ class _ResBlock(nn.Module):
         return h + x
 
 
+class ResNet18(nn.Module):
+    """Images (n, h, w, 3) to (n, 1000): ResNet-18 (He et al. 2016), BatchNorm in eval."""
+
+    @nn.compact
+    def __call__(self, x):
+        def normed(x, features, kernel, stride):
+            x = nn.Conv(features, (kernel,) * 2, stride, use_bias=False)(x)
+            return nn.BatchNorm(use_running_average=True)(x)
+
+        x = nn.relu(normed(x, 64, 7, 2))
+        x = nn.max_pool(x, (3, 3), (2, 2), "SAME")
+        for features, stride in [(64, 1), (64, 1), (128, 2), (128, 1), (256, 2), (256, 1),
+                                 (512, 2), (512, 1)]:  # fmt: skip
+            y = nn.relu(normed(x, features, 3, stride))
+            y = normed(y, features, 3, 1)
+            x = normed(x, features, 1, stride) if x.shape != y.shape else x
+            x = nn.relu(x + y)
+        return nn.Dense(1000)(x.mean((1, 2)))
+
+
 class DenseNet(nn.Module):
     """Vectors (n, width) to (n,) through dense layers of one width."""
 

@@ -1,4 +1,5 @@
-"""``python -m experiments.certify``: true norms of a trained network; ``--attack``: their proof."""
+"""``python -m experiments.certify``: true norms of a trained network, and Lipschitz constants;
+``--attack`` and ``--lipschitz-attack``: their proof."""
 
 import dataclasses
 import json
@@ -9,34 +10,50 @@ from typing import Any
 
 import jax
 
-from experiments.certify import attack, study
+from experiments.certify import attack, lipschitz, nets, sandwich, study
 from experiments.cli import commit, run_in_folder, versions, write_text
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
     """Train a small network with flattened and with operator spectral normalization, and certify
-    its norms; or attack the certificates with random cases."""
+    its norms; or one of the four flags."""
 
     attack: bool = False
-    """Attack norm_bounds with random cases instead of training; about 10 minutes."""
-    cases: int = 10_000
-    """Cases of the attack."""
+    """Attack norm_bounds with random cases instead; about 10 minutes."""
+    lipschitz: bool = False
+    """Certify the demo's discriminator by lipschitz_bound, without normalization and with both,
+    and the radius of a classifier trained for a margin; continues where it was stopped."""
+    lipschitz_attack: bool = False
+    """Attack lipschitz_bound with random programs; continues where it was stopped."""
+    nets: bool = False
+    """Bounds of random networks of many kinds by each method of lipschitz_bound; continues where
+    it was stopped."""
+    seeds: int = 5
+    """Seeds of --nets, from --seed on."""
+    cases: int | None = None
+    """Cases of an attack; by default 10,000, of --lipschitz-attack 5,000."""
     seed: int = 0
     """Everything random follows from it."""
-    steps: int = 500
-    """Training steps of each network."""
+    steps: int | None = None
+    """Training steps of each network; by default 500, of --lipschitz 1,000 for a GAN and 2,000
+    for a classifier."""
     out: Path = Path("runs/certify")
     """Output folder; files of an earlier run are replaced."""
     progress: bool = True
     """Show a progress bar."""
 
     def __post_init__(self) -> None:
-        for name in ("cases", "steps"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        for name in ("cases", "steps", "seeds"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}.")
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"seed must be from 0 to {2**32 - 1}, got {self.seed}.")
+        chosen = [name for name in RUNS if getattr(self, name)]
+        if len(chosen) > 1:
+            flags = " and ".join(f"--{name.replace('_', '-')}" for name in chosen)
+            raise ValueError(f"{flags} are separate runs: give one of them.")
 
 
 def main(args: list[str] | None = None) -> int:
@@ -44,15 +61,17 @@ def main(args: list[str] | None = None) -> int:
     right; 130 after Ctrl-C."""
 
     def chosen(config: Config) -> int:
-        return run_attack(config) if config.attack else run_study(config)
+        run = next((run for name, run in RUNS.items() if getattr(config, name)), run_study)
+        return run(config)
 
     prog = "python -m experiments.certify"
-    return run_in_folder(Config, prog, args, chosen, "nothing was written.")
+    kept = "what can be continued is kept, and nothing else was written."
+    return run_in_folder(Config, prog, args, chosen, kept)
 
 
 def run_attack(config: Config) -> int:
     """Attack, write attack.json, print the table; 1 if a certificate is wrong."""
-    results = attack.attack(config.cases, config.seed, progress=config.progress)
+    results = attack.attack(config.cases or 10_000, config.seed, progress=config.progress)
     path = config.out / "attack.json"
     # Every violation; of what is only a nuisance the first ones, and n_found says how many.
     short = {name: results[name][:20] for name in ("errors", "rtol_missed")}
@@ -64,15 +83,70 @@ def run_attack(config: Config) -> int:
 
 def run_study(config: Config) -> int:
     """Train and measure, write study.json and norms.png, print the table."""
-    results = study.study(config.steps, config.seed, progress=config.progress)
+    steps = config.steps or 500
+    results = study.study(steps, config.seed, progress=config.progress)
     path = config.out / "study.json"
-    summary = {"steps": config.steps, "seed": config.seed, "networks": results} | provenance()
+    summary = {"steps": steps, "seed": config.seed, "networks": results} | provenance()
     write_text(path, json.dumps(summary, indent=1))
     picture = config.out / "norms.png"
-    title = f"A small network on digits, {config.steps} steps, seed {config.seed}"
+    title = f"A small network on digits, {steps} steps, seed {config.seed}"
     study.save_norms(picture, results, title)
     print(study.report(results))
     print(f"\nresults  {path}\npicture  {picture}")
+    return 0
+
+
+def run_lipschitz(config: Config) -> int:
+    """Train and bound, write two files of results and two pictures, print the tables."""
+    options = {"seed": config.seed, "progress": config.progress}
+    steps = config.steps or 1000
+    networks = lipschitz.discriminators(steps, out=config.out / "gan", **options)
+    title = f"The demo's discriminator on digits, {steps} steps, seed {config.seed}"
+    save_parts(config, "constants", networks, steps, lipschitz.save_constants, title)
+    print(lipschitz.constants_report("discriminator", networks))
+    steps = config.steps or 2000
+    classifiers = lipschitz.robustness(steps, **options)
+    title = f"A classifier of the digits trained for a margin, {steps} steps, seed {config.seed}"
+    save_parts(config, "radii", classifiers, steps, lipschitz.save_robustness, title)
+    print(lipschitz.constants_report("classifier", classifiers))
+    print(lipschitz.radii_report(classifiers))
+    return 0
+
+
+def save_parts(config: Config, name: str, results, steps: int, save, title: str) -> None:
+    """Results and their picture, as soon as they are there."""
+    summary = {"steps": steps, "seed": config.seed, "networks": results} | provenance()
+    write_text(config.out / f"{name}.json", json.dumps(summary, indent=1))
+    save(config.out / f"{name}.png", results, title)
+    print(f"results  {config.out / name}.json\npicture  {config.out / name}.png\n")
+
+
+def run_lipschitz_attack(config: Config) -> int:
+    """Attack, write lipschitz-attack.json, print the table; 1 if a bound is wrong."""
+    results = sandwich.attack(
+        config.cases or 5000, config.seed, config.out, progress=config.progress
+    )
+    path = config.out / "lipschitz-attack.json"
+    short = {name: results[name][:20] for name in ("errors", "infinite")}
+    write_text(path, json.dumps(results | short | provenance(), indent=1))
+    print(sandwich.report(results))
+    print(f"results  {path}")
+    return int(any(results[name] for name in ("violations", "errors")))
+
+
+def run_nets(config: Config) -> int:
+    """Bound the networks, write nets.json, print the medians."""
+    results = nets.table(config.out, config.seeds, config.seed, progress=config.progress)
+    path = config.out / "nets.json"
+    summary = {
+        "seed": config.seed,
+        "seeds": config.seeds,
+        "medians": nets.medians(results),
+        "bounds": results,
+    }
+    write_text(path, json.dumps(summary | {"bounds": results} | provenance(), indent=1))
+    print(nets.report(results))
+    print(f"\nresults  {path}")
     return 0
 
 
@@ -85,6 +159,13 @@ def provenance() -> dict[str, Any]:
         "commit": commit(),
     }
 
+
+RUNS = {
+    "attack": run_attack,
+    "lipschitz": run_lipschitz,
+    "lipschitz_attack": run_lipschitz_attack,
+    "nets": run_nets,
+}
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -83,15 +83,19 @@ def study(steps: int, seed: int, *, progress: bool = False) -> dict[str, Any]:
     return results
 
 
-def train(conv: str, steps: int, seed: int, *, progress: bool = False) -> Trained:
+def train(
+    conv: str, steps: int, seed: int, *, temperature: float = 1.0, progress: bool = False
+) -> Trained:
     """Train the network with one normalization.
 
     Args:
       conv: "reshape" or "operator", as in ``sn_jax.linen.views``.
       steps, seed, progress: as in ``study``.
+      temperature: what logits are divided by in the loss. A small one asks for margins, since
+        normalized logits cannot grow instead.
     """
     start = time.perf_counter()
-    images, labels = (jnp.asarray(x) for x in _scaled("train"))
+    images, labels = (jnp.asarray(x) for x in scaled_digits("train"))
     model, optimizer = Network(), optax.adam(LEARNING_RATE)
     key, init_key, state_key = jax.random.split(jax.random.key(seed), 3)
     variables = jax.jit(model.init)(init_key, images[:1])
@@ -101,7 +105,7 @@ def train(conv: str, steps: int, seed: int, *, progress: bool = False) -> Traine
 
     def loss(params, state, x, y):
         normalized, _ = sn_jax.spectral_normalize(params, state, n_steps=0)
-        logits = model.apply({"params": normalized}, x)
+        logits = model.apply({"params": normalized}, x) / temperature
         return optax.softmax_cross_entropy_with_integer_labels(logits, y).mean()
 
     @jax.jit
@@ -123,11 +127,17 @@ def train(conv: str, steps: int, seed: int, *, progress: bool = False) -> Traine
     # One step of power iteration trails behind the weights; before they are frozen it catches up.
     state = sn_jax.calibrate(params, state)
     normalized, _ = sn_jax.spectral_normalize(params, state, n_steps=0)
-    held_out, answers = _scaled("test")
+    held_out, answers = scaled_digits("test")
     logits = jax.jit(model.apply)({"params": normalized}, held_out)
     accuracy = float(np.mean(np.argmax(logits, -1) == answers))
     operators = sn_jax.linen.views(model, variables, images[:1], conv="operator")
     return Trained(normalized, operators, accuracy, time.perf_counter() - start)
+
+
+def scaled_digits(split: str) -> tuple[np.ndarray, np.ndarray]:
+    """float32 images in [0, 1], and labels."""
+    images, labels = load("digits", split)
+    return images.astype(np.float32) / 255, labels
 
 
 def layer_norms(trained: Trained) -> dict[str, dict[str, float]]:
@@ -158,7 +168,7 @@ def largest_jacobian(params: Any, n_steps: int = 100) -> float:
       params: with normalized kernels.
       n_steps: of power iteration.
     """
-    images, _ = _scaled("test")
+    images, _ = scaled_digits("test")
 
     def logits(x):
         return Network().apply({"params": params}, x[None])[0]
@@ -267,9 +277,3 @@ def save_norms(path: Path, results: dict[str, Any], title: str) -> None:
     products.set(title="Lipschitz constant of the network", ylabel="logarithmic")
     products.legend(loc="upper right", fontsize=8)
     figure.savefig(path, dpi=150)
-
-
-def _scaled(split: str) -> tuple[np.ndarray, np.ndarray]:
-    """float32 images in [0, 1], and labels."""
-    images, labels = load("digits", split)
-    return images.astype(np.float32) / 255, labels

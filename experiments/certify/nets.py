@@ -1,0 +1,198 @@
+"""Networks of many kinds with random weights: what each domain of ``lipschitz_bound`` gains.
+
+Bounds are for comparison with each other; weights are normal with a variance of 1 / fan-in unless
+a network says otherwise.
+"""
+
+import json
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+from flax.traverse_util import flatten_dict, unflatten_dict
+from jax import Array
+from tqdm import tqdm
+
+import sn_jax
+from experiments.cli import write_text
+from experiments.gan.loop import read_rows
+from experiments.gan.networks import ARCHITECTURES
+
+ROWS = "nets.jsonl"
+METHODS = ("product", "merged", "joint", "shift", "ellipsoid")
+dense = partial(nn.Dense, kernel_init=nn.initializers.variance_scaling(1, "fan_in", "normal"))
+conv = partial(nn.Conv, kernel_init=nn.initializers.variance_scaling(1, "fan_in", "normal"))
+
+
+class MLP(nn.Module):
+    """Vectors (n, 16) to (n, 10) through two hidden layers of 64."""
+
+    activation: Callable[[Array], Array]
+
+    @nn.compact
+    def __call__(self, x):
+        for _ in range(2):
+            x = self.activation(dense(64)(x))
+        return dense(10)(x)
+
+
+class ScannedResidual(nn.Module):
+    """Vectors (n, 8): four blocks x + B relu(A x) in a scan, rematerialized."""
+
+    @nn.compact
+    def __call__(self, x):
+        @nn.remat
+        class Block(nn.Module):
+            @nn.compact
+            def __call__(self, x, _):
+                return x + 0.5 * dense(8)(nn.relu(dense(16)(x))), None
+
+        scanned = nn.scan(Block, variable_axes={"params": 0}, split_rngs={"params": True}, length=4)
+        return scanned()(x, None)[0]
+
+
+class ConvPool(nn.Module):
+    """Images (n, 8, 8, 1): convolution, average and ReLU, twice, then dense."""
+
+    @nn.compact
+    def __call__(self, x):
+        for features in (8, 16):
+            x = nn.relu(nn.avg_pool(conv(features, (3, 3))(x), (2, 2), (2, 2)))
+        return dense(10)(x.reshape(len(x), -1))
+
+
+class ResNet(nn.Module):
+    """Images (n, 8, 8, 3): two residual blocks with BatchNorm in eval, mean, dense."""
+
+    @nn.compact
+    def __call__(self, x):
+        norm = partial(nn.BatchNorm, True, scale_init=nn.initializers.normal(1))
+        x = conv(8, (3, 3))(x)
+        for _ in range(2):
+            y = nn.relu(norm()(conv(8, (3, 3))(x)))
+            x = nn.relu(x + norm()(conv(8, (3, 3))(y)))
+        return dense(10)(x.mean((1, 2)))
+
+
+class DenseNet(nn.Module):
+    """Vectors (n, 16): each layer sees what all before it have made."""
+
+    @nn.compact
+    def __call__(self, x):
+        for _ in range(4):
+            x = jnp.concatenate([x, nn.relu(dense(8)(x))], -1)
+        return dense(4)(x)
+
+
+class Mixer(nn.Module):
+    """Tokens (n, 8, 8): two blocks of an MLP-Mixer (Tolstikhin et al. 2021) without LayerNorm."""
+
+    @nn.compact
+    def __call__(self, x):
+        def mlp(x):
+            return dense(x.shape[-1])(nn.gelu(dense(16)(x)))
+
+        for _ in range(2):
+            x = x + mlp(x.swapaxes(1, 2)).swapaxes(1, 2)
+            x = x + mlp(x)
+        return dense(10)(x.mean(1))
+
+
+class Net(NamedTuple):
+    """A module and the shape of its input."""
+
+    module: nn.Module
+    shape: tuple[int, ...]
+
+
+NETS = {
+    "MLP 16-64-64-10, relu": Net(MLP(nn.relu), (1, 16)),
+    "MLP, gelu": Net(MLP(nn.gelu), (1, 16)),
+    "scan + remat residual, 4 blocks": Net(ScannedResidual(), (1, 8)),
+    "conv-pool-conv-pool-dense": Net(ConvPool(), (1, 8, 8, 1)),
+    "ResNet + BatchNorm, 2 blocks, 8x8": Net(ResNet(), (1, 8, 8, 3)),
+    "DenseNet-like": Net(DenseNet(), (1, 16)),
+    "MLP-Mixer, no LayerNorm": Net(Mixer(), (1, 8, 8)),
+    "SN-GAN's CNN, not normalized, 8x8, width 16": Net(
+        ARCHITECTURES["cnn"].discriminator(width=16), (1, 8, 8, 1)
+    ),
+}
+
+
+def table(
+    out: Path, n_seeds: int, seed: int = 0, *, progress: bool = False
+) -> dict[str, dict[str, Any]]:
+    """Bounds of each network by each method, and what an attack reaches, for each seed.
+
+    Args:
+      out: folder of nets.jsonl, a row a network and seed; those that are there are not run again.
+      n_seeds: how many.
+      seed: the first, of the weights.
+      progress: show a bar on stderr.
+
+    Returns:
+      dict: network -> method -> list of bounds, None where it did not run; also "lower".
+    """
+    rows = read_rows(out, ROWS)
+    write_text(out / ROWS, "".join(json.dumps(row) + "\n" for row in rows))
+    known = {(row["network"], row["seed"]): row["bounds"] for row in rows}
+    every = [(name, seed + i) for i in range(n_seeds) for name in NETS]
+    with (
+        (out / ROWS).open("a") as file,
+        tqdm(every, unit="network", disable=not progress) as bar,
+    ):
+        for name, n in bar:
+            bar.set_postfix_str(name)
+            if (name, n) not in known:
+                known[name, n] = _measured(NETS[name], n)
+                row = {"network": name, "seed": n, "bounds": known[name, n]}
+                file.write(json.dumps(row) + "\n")
+                file.flush()
+    return {
+        name: {key: [known[name, seed + i][key] for i in range(n_seeds)]
+               for key in (*METHODS, "lower")}
+        for name in NETS
+    }  # fmt: skip
+
+
+def _measured(net: Net, seed: int) -> dict[str, float | None]:
+    init_key, stats_key, attack_key = jax.random.split(jax.random.key(seed), 3)
+    x = jnp.zeros(net.shape)
+    variables = net.module.init(init_key, x)
+    # Running statistics as training could leave them, for the zeros and ones of a new network.
+    flat = flatten_dict(variables.get("batch_stats", {}))
+    for key, (path, old) in zip(jax.random.split(stats_key, len(flat)), flat.items(), strict=True):
+        new = jax.random.uniform(key, old.shape, minval=0.1, maxval=1.1)
+        flat[path] = new if path[-1] == "var" else jax.random.normal(key, old.shape)
+    variables = {**variables, "batch_stats": unflatten_dict(flat)}
+
+    def fn(x):
+        return net.module.apply(variables, x)
+
+    bounds = dict(sn_jax.lipschitz_bound(fn, x, progress=False).bounds)
+    found = jax.jit(partial(sn_jax.lipschitz_attack, fn, steps=60, restarts=7))(attack_key, x)
+    return {name: bounds.get(name) for name in METHODS} | {"lower": float(found.lower)}
+
+
+def medians(results: dict[str, dict[str, Any]]) -> dict[str, dict[str, float | None]]:
+    """Network -> method -> median over the seeds, None where it did not run on one of them."""
+    return {
+        name: {key: None if None in values else float(np.median(values))
+               for key, values in row.items()}
+        for name, row in results.items()
+    }  # fmt: skip
+
+
+def report(results: dict[str, dict[str, Any]]) -> str:
+    """The medians as a table in Markdown."""
+    columns = (*METHODS, "lower")
+    lines = [f"| network | {' | '.join(columns)} |", "|" + " --- |" * (len(columns) + 1)]
+    for name, row in medians(results).items():
+        cells = ["" if row[key] is None else f"{row[key]:.4g}" for key in columns]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
