@@ -68,6 +68,8 @@ def notebook(source: Path) -> NotebookNode:
     for i, cell in enumerate(made.cells):
         cell.id = f"cell-{i}"
         cell.metadata.clear()
+        if cell.source == SETUP:
+            cell.metadata.tags = ["hide-cell"]  # on the site
     made.metadata.clear()
     made.metadata.kernelspec = {
         "display_name": "Python 3", "language": "python", "name": "python3"
@@ -92,7 +94,7 @@ def run(source: Path, out: Path, progress: bool) -> None:
     with tempfile.TemporaryDirectory() as folder:
         NotebookClient(made, **PATIENCE, resources={"metadata": {"path": folder}}).execute()
     for cell in made.cells:
-        cell.metadata.clear()  # when each ran
+        cell.metadata.pop("execution", None)  # when each ran
     if made.metadata.get("language_info"):
         made.metadata.language_info = {"name": "python"}
     path = out / f"{source.stem}.ipynb"
