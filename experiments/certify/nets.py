@@ -80,13 +80,17 @@ class ResNet(nn.Module):
 
 
 class DenseNet(nn.Module):
-    """Vectors (n, 16): each layer sees what all before it have made."""
+    """Images (n, 8, 8, 3): two blocks in which each convolution sees what all before it have made,
+    each with a transition, 1x1 and an average (Huang et al. 2017) without BatchNorm; dense."""
 
     @nn.compact
     def __call__(self, x):
-        for _ in range(4):
-            x = jnp.concatenate([x, nn.relu(dense(8)(x))], -1)
-        return dense(4)(x)
+        x = conv(4, (3, 3))(x)
+        for _ in range(2):
+            for _ in range(2):
+                x = jnp.concatenate([x, nn.relu(conv(4, (3, 3))(x))], -1)
+            x = nn.avg_pool(conv(4, (1, 1))(x), (2, 2), (2, 2))
+        return dense(10)(x.reshape(len(x), -1))
 
 
 class Mixer(nn.Module):
@@ -116,7 +120,7 @@ NETS = {
     "scan + remat residual, 4 blocks": Net(ScannedResidual(), (1, 8)),
     "conv-pool-conv-pool-dense": Net(ConvPool(), (1, 8, 8, 1)),
     "ResNet + BatchNorm, 2 blocks, 8x8": Net(ResNet(), (1, 8, 8, 3)),
-    "DenseNet-like": Net(DenseNet(), (1, 16)),
+    "DenseNet-like": Net(DenseNet(), (1, 8, 8, 3)),
     "MLP-Mixer, no LayerNorm": Net(Mixer(), (1, 8, 8)),
     "SN-GAN's CNN, not normalized, 8x8, width 16": Net(
         ARCHITECTURES["cnn"].discriminator(width=16), (1, 8, 8, 1)

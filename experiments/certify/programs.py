@@ -202,11 +202,11 @@ def _sequence_convolution(rng, shape):
 
 def _space_to_depth(rng, shape):
     del rng
-    _, h, w, c = shape
+    n, h, w, c = shape
     if h % 2 or w % 2:
         return jnp.abs
-    return lambda x: x.reshape(1, h // 2, 2, w // 2, 2, c).transpose(0, 1, 3, 2, 4, 5).reshape(
-        1, h // 2, w // 2, 4 * c)  # fmt: skip
+    return lambda x: x.reshape(n, h // 2, 2, w // 2, 2, c).transpose(0, 1, 3, 2, 4, 5).reshape(
+        n, h // 2, w // 2, 4 * c)  # fmt: skip
 
 
 # Pools.
