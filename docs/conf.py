@@ -104,26 +104,12 @@ PAGES_OF_FILES = {
     ROOT / found[1]: page for page in DOCS.rglob("*.md") if (found := FILE.search(page.read_text()))
 }
 
-WHEEL = f"sn_jax-{release}-py3-none-any.whl"
-INSTALL = f"""```sh
-pip install {WHEEL}             # from a wheel: a path or an address of it
-pip install '{WHEEL}[notebooks]'  # with an extra
-{f"pip install 'sn_jax @ git+{REPOSITORY}'" if REPOSITORY else "pip install ."}
-```
-
-{"" if REPOSITORY else "The last line is for a clone of the repository, where "}\
-{"In a clone of the repository " if REPOSITORY else ""}\
-`pip wheel --no-deps -w dist .` makes the wheel. Nothing else is needed, `make` only for the
-repository's own commands.
-"""
-
 
 def read_page(app, docname, source):
     """Files of the repository in their pages, and links of both as the site needs them."""
     page = DOCS / f"{docname}.md"
     if not page.exists():  # a notebook
         return
-    source[0] = source[0].replace("<!-- install -->", INSTALL)
     found = FILE.search(source[0])
     folder, text = page.parent, source[0]
     if found:

@@ -69,6 +69,11 @@ def test_one_setting_says_where_the_repository_is():
     assert (url in project_urls) if url else not project_urls
     for source in NOTEBOOKS:
         assert ("files.upload()" in source.read_text()) == (not url)
+    install = (DOCS / "start.md").read_text().split("## Ten lines")[0]
+    assert (f"git+{url}" if url else f"sn_jax-{sn_jax.__version__}-py3-none-any.whl") in install
+    for floor in ("jax", "flax"):
+        version = re.search(rf"(?m)^ *{floor}>=(.*)", (ROOT / "setup.cfg").read_text())[1]
+        assert f"{floor} {version}" in install
 
 
 def test_the_changelog_names_what_is_public():
