@@ -6,7 +6,7 @@
 # This notebook shows both in the smallest cases there are, and what spectral normalization makes
 # of them. Half a minute on two CPU cores.
 
-# %% tags=["setup"]
+# %% tags=["setup", "hide-cell"]
 # Does something in Colab only: installs sn_jax beside the JAX that is there.
 import importlib.metadata
 import subprocess

@@ -4,7 +4,7 @@
 # A small GAN on scikit-learn's real handwritten digits, first in Flax linen, then in Flax NNX. In
 # both the change is one import line. On two CPU cores this notebook takes about a minute.
 
-# %% tags=["setup"]
+# %% tags=["setup", "hide-cell"]
 # Does something in Colab only: installs sn_jax beside the JAX that is there.
 import importlib.metadata
 import subprocess

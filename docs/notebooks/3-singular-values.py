@@ -5,7 +5,7 @@
 # good start. How good is it? This notebook watches the true norm of what the layers run with, for
 # one vector and for four, and the whole spectrum over training. Half a minute on two CPU cores.
 
-# %% tags=["setup"]
+# %% tags=["setup", "hide-cell"]
 # Does something in Colab only: installs sn_jax beside the JAX that is there.
 import importlib.metadata
 import subprocess

@@ -6,7 +6,7 @@
 # over an image. This notebook measures how far the two are apart, and proves the numbers. Half a
 # minute on two CPU cores.
 
-# %% tags=["setup"]
+# %% tags=["setup", "hide-cell"]
 # Does something in Colab only: installs sn_jax beside the JAX that is there.
 import importlib.metadata
 import subprocess

@@ -7,7 +7,7 @@
 # under spectral normalization, and certified accuracy beside what an attack achieves. A minute on
 # two CPU cores.
 
-# %% tags=["setup"]
+# %% tags=["setup", "hide-cell"]
 # Does something in Colab only: installs sn_jax beside the JAX that is there.
 import importlib.metadata
 import subprocess

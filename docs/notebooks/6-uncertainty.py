@@ -7,7 +7,7 @@
 # scikit-learn's two moons, beside a softmax, with and without spectral normalization, and then on
 # digits. About a minute on two CPU cores.
 
-# %% tags=["setup"]
+# %% tags=["setup", "hide-cell"]
 # Does something in Colab only: installs sn_jax beside the JAX that is there.
 import importlib.metadata
 import subprocess
@@ -178,9 +178,9 @@ fig.tight_layout()
 # %% [markdown]
 # **Two moons, read soberly.** The softmax is surest far away from all data: it tells the far
 # cluster apart worse than by chance. The variance is not, and it tells the far cluster apart
-# *with and without* spectral normalization: random features alone do that. What normalization
-# changes is the picture: with it the variance follows the distance; without it the blocks fold
-# the plane, and the variance is nearly the same everywhere but on the data.
+# *with and without* spectral normalization: random features alone do that. With normalization it
+# follows the distance a little better, as the table's first column says; away from the data it is
+# nearly flat in both pictures.
 #
 # ## Digits
 #

@@ -7,7 +7,7 @@
 # problem small enough that the true values are known, and measures the errors. A minute on two
 # CPU cores.
 
-# %% tags=["setup"]
+# %% tags=["setup", "hide-cell"]
 # Does something in Colab only: installs sn_jax beside the JAX that is there.
 import importlib.metadata
 import subprocess

@@ -5,7 +5,7 @@
 # Where PyTorch is installed (as in Colab) this runs live; elsewhere on what it recorded. Some
 # seconds.
 
-# %% tags=["setup"]
+# %% tags=["setup", "hide-cell"]
 # Does something in Colab only: installs sn_jax beside the JAX that is there.
 import importlib.metadata
 import subprocess
@@ -41,6 +41,10 @@ import sn_jax
 from sn_jax.linen import SpectralNorm
 
 LIVE = importlib.util.find_spec("torch") is not None
+print("torch is", "here" if LIVE else "not here: what it recorded is used")
+
+# %% tags=["hide-cell"]
+# By torch 2.13.0 and the code of the next cell; an .npz in base64.
 RECORDED = """
 UEsDBC0AAAAIAAAAIQAi8U3p//////////8FABQAeC5ucHkBABAAgAMAAAAAAABSAwAAAAAAAJ2I60+TZxxAy2yLs6wYRaa7
 UWHYyuqkozBgb58fBcJlCtIpipmKRUqgdgVaNoewuBTYEEExDhnBaEjxshbWJmBnTN/n16GkZKK0kM4b4FQ+DMUtQdNaWObc

@@ -67,9 +67,8 @@ def notebook(source: Path) -> NotebookNode:
         made.cells.insert(0, badge)
     for i, cell in enumerate(made.cells):
         cell.id = f"cell-{i}"
-        cell.metadata.clear()
-        if cell.source == SETUP:
-            cell.metadata.tags = ["hide-cell"]  # on the site
+        hidden = "hide-cell" in cell.metadata.get("tags", ())  # folded on the site
+        cell.metadata = NotebookNode(tags=["hide-cell"]) if hidden else NotebookNode()
     made.metadata.clear()
     made.metadata.kernelspec = {
         "display_name": "Python 3", "language": "python", "name": "python3"
@@ -79,7 +78,7 @@ def notebook(source: Path) -> NotebookNode:
 
 def with_setup(text: str) -> str:
     """The source with the first cell as it is to be."""
-    return re.sub(r"(?s)(# %% tags=\[\"setup\"\]\n).*?(?=\n\n+# %%)", lambda m: m[1] + SETUP, text)
+    return re.sub(r"(?s)(# %% tags=\[\"setup\".*?\n).*?(?=\n\n+# %%)", lambda m: m[1] + SETUP, text)
 
 
 def run(source: Path, out: Path, progress: bool) -> None:
