@@ -80,3 +80,11 @@ def test_the_changelog_names_what_is_public():
     text = (ROOT / "CHANGELOG.md").read_text()
     missing = [name for name in sn_jax.__all__ if not re.search(rf"\b{name}\b", text)]
     assert not missing
+
+
+def test_the_workflow_runs_the_steps_of_the_gate():
+    gate = (ROOT / ".ci" / "run").read_text()
+    steps = re.findall(r"(?m)^    (\w+)\) make ", gate)
+    assert steps == re.search(r"\$# -gt 0 \] \|\| set -- (.*)", gate)[1].split()
+    workflow = (ROOT / ".github" / "workflows" / "ci.yml").read_text()
+    assert steps == re.search(r"step: \[(.*)\]", workflow)[1].split(", ")

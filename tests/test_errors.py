@@ -5,6 +5,7 @@ last test reads the source, and fails for an error that no table raises.
 """
 
 import ast
+import functools
 import re
 from pathlib import Path
 
@@ -53,6 +54,7 @@ def applied(model, variables, **options):
     return model.apply(variables, X, **options)
 
 
+@functools.cache
 def of_dense(**options):
     """(wrapper, its variables)"""
     model = sn_jax.linen.SpectralNorm(nn.Dense(2), **options)
