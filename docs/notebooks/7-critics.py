@@ -25,7 +25,8 @@ if "google.colab" in sys.modules:
 
     needs = map(Requirement, importlib.metadata.requires("sn_jax"))
     for need in (need for need in needs if need.marker is None):  # extras have one
-        if importlib.metadata.version(need.name) not in need.specifier:
+        there = [d.version for d in importlib.metadata.distributions(name=need.name)]
+        if not there or there[0] not in need.specifier:
             print(f"sn_jax needs {need}: run  %pip install -U {need.name}  and restart.")
     print(jax.devices())
 
