@@ -7,6 +7,7 @@ its gradient follow. Flax users start with ``sn_jax.linen`` or ``sn_jax.nnx``.
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from sn_jax._bounds import rms_bound as rms_bound
 from sn_jax._core import Singular as Singular
 from sn_jax._core import State as State
 from sn_jax._core import calibrate as calibrate
@@ -32,6 +33,7 @@ if TYPE_CHECKING:  # on first use, by __getattr__
     from sn_jax import transforms as transforms
     from sn_jax._attack import lipschitz_attack as lipschitz_attack
     from sn_jax._attack import local_lipschitz as local_lipschitz
+    from sn_jax._caps import clip_singular_values as clip_singular_values
     from sn_jax._lipschitz import LipschitzBound as LipschitzBound
     from sn_jax._lipschitz import lipschitz_bound as lipschitz_bound
     from sn_jax._lipschitz import register_lipschitz as register_lipschitz
@@ -40,6 +42,10 @@ if TYPE_CHECKING:  # on first use, by __getattr__
     from sn_jax._norms import gram_iteration as gram_iteration
     from sn_jax._norms import norm_bounds as norm_bounds
     from sn_jax._norms import spectral_norm as spectral_norm
+    from sn_jax._spectra import SpectralStats as SpectralStats
+    from sn_jax._spectra import flat_scalars as flat_scalars
+    from sn_jax._spectra import singular_values as singular_values
+    from sn_jax._spectra import spectral_stats as spectral_stats
 
 __version__ = "0.1.0"
 
@@ -54,9 +60,12 @@ __all__ = [
     "Rules",
     "Scaled",
     "Singular",
+    "SpectralStats",
     "State",
     "View",
     "calibrate",
+    "clip_singular_values",
+    "flat_scalars",
     "gram_iteration",
     "init",
     "lipschitz_attack",
@@ -66,16 +75,23 @@ __all__ = [
     "power_iteration",
     "register_lipschitz",
     "residuals",
+    "rms_bound",
+    "singular_values",
     "spectral_norm",
     "spectral_normalize",
     "spectral_norms",
     "spectral_penalty",
+    "spectral_stats",
 ]
 
 # Loaded when first used, since they import SciPy, Flax or optax.
 _MODULES = ("convert", "linen", "nnx", "testing", "transforms")
 _LATER = {
     **dict.fromkeys(("lipschitz_attack", "local_lipschitz"), "_attack"),
+    "clip_singular_values": "_caps",
+    **dict.fromkeys(
+        ("SpectralStats", "flat_scalars", "singular_values", "spectral_stats"), "_spectra"
+    ),
     **dict.fromkeys(("LipschitzBound", "lipschitz_bound", "register_lipschitz"), "_lipschitz"),
     **dict.fromkeys(
         ("Bounds", "GramResult", "gram_iteration", "norm_bounds", "spectral_norm"), "_norms"

@@ -18,14 +18,14 @@ from jax import Array, lax
 from jax.core import Tracer
 from jax.tree_util import register_dataclass
 
-from sn_jax import _power, _serial
+from sn_jax import _bounds, _power, _serial
+from sn_jax._bounds import Norms
 from sn_jax._mesh import carried_as
 from sn_jax._operator import Operator, check_linear
 from sn_jax._rules import (
     Params,
     Rules,
     checked_weight,
-    closest,
     label,
     listing,
     named_leaves,
@@ -33,9 +33,6 @@ from sn_jax._rules import (
     with_leaves,
 )
 from sn_jax._views import Conv, View, kind_of
-
-# A bound for all norms, or for each path; for each element of a batch where it is an array.
-Norms = float | Array | np.ndarray | Mapping[str, float | Array | np.ndarray]
 
 
 @partial(register_dataclass, data_fields=("u", "v", "sigma"), meta_fields=("view",))
@@ -170,7 +167,7 @@ def spectral_normalize(
       n_steps: iterations, ``>= 0``. 0 takes the stored vectors, computes sigma from the current
         parameters, and returns ``state`` unchanged. May be a traced integer.
       bound: c > 0, one number or a mapping path -> number (all paths of ``state``); or arrays of
-        the norms' shape, a number for each batch element.
+        the norms' shape, a number for each batch element; or ``rms_bound(c)`` for any of them.
       mode: "divide" gives norm c; "clip" multiplies by min(1, c / sigma).
       gradient: "through" differentiates sigma; "stop" holds it constant.
 
@@ -224,7 +221,7 @@ def normalized_leaves(params: Params, state: State, *, n_steps, bound, mode, gra
         raise ValueError(f'gradient must be "through" or "stop"; got {gradient!r}.')
     static = n_steps if isinstance(n_steps, int) else None
     weights = weights_of(params, state)
-    bounds = bounds_by_path(bound, state)
+    bounds = _bounds.by_path(bound, state)
     return {
         path: Leaf(w, *_normalize(
             w, state[path], bounds[path], n_steps if static is None else None,
@@ -339,32 +336,51 @@ def calibrate(
     return new
 
 
-def spectral_penalty(params: Params, state: State) -> Array:
-    """Half the sum of squared spectral norms, ``1/2 sum sigma^2``, over leaves and batch axes.
+def spectral_penalty(
+    params: Params, state: State, *, target: Norms = 0.0, power: int | None = None
+) -> Array:
+    r"""How far spectral norms are from a target, summed over leaves and batch axes.
 
-    Spectral norm regularization (Yoshida & Miyato 2017, equation 5): add ``lambda`` times it to
-    a loss. Its gradient for one parameter is ``sigma u v^T``. Update ``state`` once per
-    step with ``spectral_normalize``, whose normalized parameters may be ignored.
+    ``1/2 sum (sigma - t)^2``, which for t = 0 is spectral norm regularization (Yoshida & Miyato
+    2017, equation 5): add ``lambda`` times it to a loss. Its gradient for one parameter is
+    ``(sigma - t) u v^T``. With ``power=k`` it is ``sum (sigma^k - t^k)^2``, which with t = 1
+    and k = 2 keeps networks plastic that learn one task after another (Lewandowski et al. 2024,
+    section 4). Update ``state`` once per step with ``spectral_normalize``, whose normalized
+    parameters may be ignored.
 
     Args:
       params: the pytree that ``state`` was made for.
       state: from ``init`` or ``spectral_normalize``.
+      target: t >= 0, in all the ways of ``bound``: a number, a mapping from paths, an array of the
+        norms' shape, ``rms_bound(c)``.
+      power: an integer k >= 1, or None.
 
     Returns:
       Array: scalar.
 
     Raises:
-      ValueError: ``state`` does not fit ``params``.
+      ValueError: ``state`` does not fit ``params``; ``target`` or ``power`` out of range.
+      TypeError: ``target`` is no number.
 
     Example:
       >>> params = {"kernel": jnp.diag(jnp.array([2.0, 4.0]))}
       >>> state = init(params, jax.random.key(0))
       >>> print(f"{spectral_penalty(params, state):.3f}")
       8.000
+      >>> print(f"{spectral_penalty(params, state, target=1.0, power=2):.3f}")  # (16 - 1)^2
+      225.000
     """
-    squares = [jnp.sum(sigma * sigma) for sigma in spectral_norms(params, state).values()]
-    dtype = jnp.result_type(*squares) if squares else jnp.float32
-    return 0.5 * sum((square.astype(dtype) for square in squares), jnp.zeros((), dtype))
+    if power is not None and not (isinstance(power, int) and power >= 1):
+        raise ValueError(f"power must be an integer >= 1, or None; got {power!r}.")
+    norms = spectral_norms(params, state)
+    k, targets = power or 1, _bounds.by_path(target, state, "target", zero=True)
+    penalties = []
+    for path, sigma in norms.items():
+        gap = sigma**k - jnp.asarray(targets[path], sigma.dtype) ** k
+        penalties.append(jnp.sum(jnp.square(gap)))
+    dtype = jnp.result_type(*penalties) if penalties else jnp.float32
+    total = sum((penalty.astype(dtype) for penalty in penalties), jnp.zeros((), dtype))
+    return total if power else 0.5 * total
 
 
 # One leaf. Each is jitted on its own: called eagerly it compiles once per shape and view, and
@@ -626,44 +642,3 @@ def _raise_changed(path, w, view, name, expected, got):
         f"but the state holds {got}: the parameter's shape has changed since "
         "sn_jax.init. Make a new state."
     )
-
-
-def bounds_by_path(
-    bound: Norms, state: Mapping[str, Singular | None]
-) -> Mapping[str, float | Array]:
-    """A bound for each path; checked against the shape of its norms where the entry is given."""
-    bounds = bound if isinstance(bound, Mapping) else dict.fromkeys(state, bound)
-    if bounds.keys() != state.keys():
-        missing = sorted(state.keys() - bounds.keys())
-        unknown = sorted(bounds.keys() - state.keys())
-        near = closest(unknown[0], state, 1) if unknown else []
-        raise ValueError(
-            "bound as a mapping needs exactly the paths of the state"
-            + (f"; missing: {listing(missing)}" if missing else "")
-            + (f"; unknown: {listing(unknown)}" if unknown else "")
-            + (f" (the closest to the first is {near[0]})" if near else "")
-            + "."
-        )
-    return {path: _checked_bound(path, value, state[path]) for path, value in bounds.items()}
-
-
-def _checked_bound(path: str, value: Any, singular: Singular | None) -> Any:
-    known = not isinstance(value, Tracer)
-    number = np.asarray(value) if known else value
-    numeric = (jnp.floating, jnp.integer)
-    if not any(jnp.issubdtype(number.dtype, kind) for kind in numeric):
-        raise TypeError(
-            f"bound for {label(path)} must be a positive number, or a mapping from paths to such; "
-            f"got {kind_of(value)}."
-        )
-    if known and not (np.all(number > 0) and np.all(np.isfinite(number))):
-        raise ValueError(
-            f"bound for {label(path)} must be a positive, finite number; got {number}."
-        )
-    norms = number.shape if singular is None else singular.sigma.shape
-    if number.shape not in ((), norms):
-        raise ValueError(
-            f"bound for {label(path)} has shape {number.shape}, but its norms have {norms}: give "
-            "one number, or an array of that shape; where shapes differ, a mapping from paths."
-        )
-    return value if number.shape == () else jnp.asarray(value)

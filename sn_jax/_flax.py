@@ -109,6 +109,19 @@ def stored_state(w: Array, view: View, u: Array, sigma: Array) -> _core.Singular
     return _core.Singular(u, v, sigma, view)
 
 
+def check_scale_init(scale_init: str, use_scale: bool) -> None:
+    """Raise unless the option of the wrappers can be."""
+    if scale_init not in ("one", "sigma"):
+        raise ValueError(f'scale_init must be "one" or "sigma"; got {scale_init!r}.')
+    if scale_init == "sigma" and not use_scale:
+        raise ValueError('scale_init="sigma" is that of a learned scale: give use_scale=True, too.')
+
+
+def raw_scale(leaf: _core.Leaf) -> jax.Array:
+    """(*batch,): what the normalized kernel is multiplied by to be the raw one."""
+    return 1 / jax.lax.stop_gradient(leaf.factor)
+
+
 def choice(update: bool | Array, new: Array | int, old: Array | int) -> Array | int:
     """``new`` if the statistics are to be updated, else ``old``."""
     if isinstance(update, bool | np.bool_):

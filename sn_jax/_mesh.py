@@ -98,6 +98,12 @@ def anywhere(flag: Array) -> Array:
     return lax.psum(flag.astype(jnp.int32), names) > 0 if names else flag
 
 
+def largest(x: Array) -> Array:
+    """The largest ``x`` of all devices where it differs along mesh axes."""
+    names = varying(x)
+    return lax.pmax(x, names) if names else x
+
+
 def names_here(split: Names | None, ndim: int) -> Names:
     """For each axis the mesh axes of ``split`` that are manual here; () outside ``shard_map``."""
     manual = jax.sharding.get_abstract_mesh().manual_axes

@@ -128,6 +128,14 @@ class Operator:
             return values
         return tuple(map(jax.sharding.reshard, values, self.shardings()))
 
+    def summed(self, parts: Array) -> Array:
+        """The sum over the blocks of the kernel of ``parts``, (*batch,), where ``w`` is one."""
+        if not self._names:
+            return parts
+        kept = {name for entry in self._batch_names for name in entry}
+        names = tuple(n for entry in self._names for n in entry if n not in kept)
+        return lax.psum(parts, names) if names else parts
+
     def run(
         self, method: Callable[..., tuple], u: Array, v: Array, n_more: int = 0, **options
     ) -> tuple:

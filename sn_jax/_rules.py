@@ -23,7 +23,7 @@ Rules = Mapping[str, View | None]
 WEIGHT_NAMES = (
     "kernel", "w", "weight", "embedding", "embeddings", "weight_ih", "weight_hh", "w_i", "w_h",
 )  # fmt: skip
-_NO_WEIGHTS = ("bias", "scale")
+NO_WEIGHTS = ("bias", "scale")
 _WAYS_OUT = (
     "take the views from the model with sn_jax.linen.views or sn_jax.nnx.views, or give one by "
     "rules, such as {r'.*kernel': sn_jax.Matrix((0, 1, 2), 3)} for flattened 2-D convolutions, or "
@@ -176,7 +176,7 @@ def _default_views(params: Params, leaves: Mapping[str, Any]) -> dict[str, View]
     for path, leaf in leaves.items():
         _, name = _parent_and_name(path)
         shape = leaf.shape if hasattr(leaf, "shape") and hasattr(leaf, "dtype") else ()
-        if len(shape) < 2 or name in _NO_WEIGHTS:
+        if len(shape) < 2 or name in NO_WEIGHTS:
             continue
         owner = _owner(params, keys[path])
         if _is_scale(path, shape, leaves, owner):

@@ -214,11 +214,7 @@ def symbols(kernel: np.ndarray, lattices: list[Lattice]) -> Iterator[Blocks]:
     n_shifts, n = math.prod(shifts), len(shifts)
 
     def waves(axis, first, number):
-        # The product is an exact integer, reduced before it becomes an angle in [-pi, pi], so that
-        # each wave errs by 32 units in the last place at most.
-        size, half = lattices[axis].size, lattices[axis].size // 2
-        turns = np.arange(counts[axis])[:, None] * (first + np.arange(number))
-        return np.exp(2j * np.pi * (((turns + half) % size) - half) / size)
+        return _waves(lattices[axis].size, counts[axis], first, number)
 
     plain = [waves(i, starts[i], shifts[i]) for i in range(n)]
     # A symbol and its Gram matrix are sums of products of entries with waves. By the sum of the
@@ -253,6 +249,23 @@ def symbols(kernel: np.ndarray, lattices: list[Lattice]) -> Iterator[Blocks]:
     else:
         for _, blocks in _transformed(phases, plain):
             yield blocks_of(blocks.reshape(-1, rows, columns), error)
+
+
+def symbol_stacks(kernel: np.ndarray, lattices: list[Lattice]) -> Iterator[np.ndarray]:
+    """(s, rows, columns): the symbols at all frequencies, conjugates too, some at a time."""
+    phases, starts = _polyphase(kernel, lattices)
+    each = zip(lattices, starts, phases.shape, strict=False)
+    plain = [_waves(x.size, x.size, start, number) for x, start, number in each]
+    for _, stack in _transformed(phases, plain):
+        yield stack.reshape(-1, *stack.shape[-2:])
+
+
+def _waves(size: int, count: int, first: int, number: int) -> np.ndarray:
+    """(count, number): exp(2 pi i j s / size) for the shifts s from ``first`` on."""
+    # The product is an exact integer, reduced before it becomes an angle in [-pi, pi], so that
+    # each wave errs by 32 units in the last place at most.
+    turns, half = np.arange(count)[:, None] * (first + np.arange(number)), size // 2
+    return np.exp(2j * np.pi * (((turns + half) % size) - half) / size)
 
 
 def _polyphase(kernel: np.ndarray, lattices: list[Lattice]) -> tuple[np.ndarray, list[int]]:

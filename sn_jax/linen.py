@@ -18,7 +18,7 @@ from flax import linen as nn
 from flax import traverse_util
 from flax.core import meta
 
-from sn_jax import _core, _flax, _rules, _trace
+from sn_jax import _bounds, _core, _flax, _rules, _trace
 from sn_jax._flax import ConvView
 from sn_jax._linen_layers import (
     ADAPTERS,
@@ -365,12 +365,14 @@ class SpectralNorm(nn.Module):
       rules: as in ``views``, on paths inside the layer: ``{r".*/out/kernel": None}``.
       n_vectors: singular vectors iterated together, as in ``sn_jax.init``.
       warmup: power-iteration steps at ``init``.
-      use_scale: multiply each normalized kernel by a learned scale, initially 1, in ``params``
-        (the gamma of sigma-Reparam, Zhai et al. 2023).
+      use_scale: multiply each normalized kernel by a learned scale, in ``params`` (the gamma of
+        sigma-Reparam, Zhai et al. 2023).
       stateless: iterate from a fixed start at every call; no collection. For ensembles and
         critics that are called with parameters only.
       store_v: keep v beside u, and use the stored pair without iterating where the call stores
         nothing, as PyTorch's eval does. The collection is then no longer flax's.
+      scale_init: of the learned scale: "one", or "sigma" for the scale that gives back the raw
+        kernel at the start.
 
     Raises:
       ValueError, TypeError: when it is called, as ``__call__`` says; ``layer_instance`` no module.
@@ -392,7 +394,7 @@ class SpectralNorm(nn.Module):
     param_dtype: Any = jnp.float32
     error_on_non_matrix: bool = False
     collection_name: str = "batch_stats"
-    bound: _core.Norms = 1.0
+    bound: _bounds.Norms = 1.0
     mode: Literal["divide", "clip"] = "divide"
     gradient: Literal["through", "stop"] = "through"
     conv: ConvView = "reshape"
@@ -402,6 +404,7 @@ class SpectralNorm(nn.Module):
     use_scale: bool = False
     stateless: bool = False
     store_v: bool = False
+    scale_init: Literal["one", "sigma"] = "one"
 
     @nn.compact
     def __call__(
@@ -484,6 +487,7 @@ class SpectralNorm(nn.Module):
                 f"SpectralNorm needs n_steps >= 1, got {self.n_steps}; without the wrapper the "
                 "layer is left alone."
             )
+        _flax.check_scale_init(self.scale_init, self.use_scale)
         if not _is_module(self.layer_instance):
             raise TypeError(
                 f"SpectralNorm wraps a module such as nn.Dense(4), not {self.layer_instance!r}."
@@ -526,7 +530,7 @@ class SpectralNorm(nn.Module):
             tree = traverse_util.unflatten_dict(tree)
             found = self._views(params, tree, others, call, task)
             names = (*found.views, *found.at_product)
-            bounds = _core.bounds_by_path(self.bound, dict.fromkeys(names))
+            bounds = _bounds.by_path(self.bound, dict.fromkeys(names))
             leaves = self._normalized(params, found.views, bounds, update_stats)
             changed = _Changed(self, found.at_product, bounds, update_stats)
         normalized = {path: leaf.scaled for path, leaf in leaves.items()}
@@ -608,9 +612,13 @@ class SpectralNorm(nn.Module):
         return intercept
 
     @nn.nowrap
-    def _scale(self, path, view, shape):
-        init = nn.initializers.ones
-        return self.param(self._key(path, "scale"), init, view.batch_shape(shape), self.param_dtype)
+    def _scale(self, path, leaf):
+        def init(_):
+            scale = _flax.raw_scale(leaf)
+            scale = scale if self.scale_init == "sigma" else jnp.ones_like(scale)
+            return scale.astype(self.param_dtype)
+
+        return self.param(self._key(path, "scale"), init)
 
     @nn.nowrap
     def _normalized(self, params, views, bounds, update_stats):
@@ -627,12 +635,11 @@ class SpectralNorm(nn.Module):
             n_steps=self._steps(update_stats), bound={path: bounds[path] for path in views},
             mode=self.mode, gradient=self.gradient,
         )  # fmt: skip
-        for path, view in views.items():
+        for path in views:
             if not self.stateless and not self.is_initializing():
                 self._store(path, state[path], leaves[path].singular, update_stats)
             if self.use_scale:
-                scale = self._scale(path, view, params[path].shape)
-                leaves[path] = leaves[path].rescaled(scale)
+                leaves[path] = leaves[path].rescaled(self._scale(path, leaves[path]))
             if self.dtype is not None:
                 leaves[path] = leaves[path].cast(self.dtype)
         return leaves

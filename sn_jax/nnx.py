@@ -17,7 +17,8 @@ import numpy as np
 from flax import nnx
 from jax.core import Tracer
 
-from sn_jax import _core, _flax, _rules, _trace
+from sn_jax import _bounds, _core, _flax, _rules, _trace
+from sn_jax._bounds import RmsBound
 from sn_jax._flax import ConvView
 from sn_jax._nnx import (
     HashableDict,
@@ -166,9 +167,11 @@ class _Options:
         def thawed(bound: Any) -> Any:
             if isinstance(bound, Mapping):
                 return {path: thawed(b) for path, b in bound.items()}
+            if isinstance(bound, RmsBound):
+                return RmsBound(thawed(bound.c))
             return bound.array if isinstance(bound, Values) else bound
 
-        return _core.bounds_by_path(thawed(self.bound), dict.fromkeys(dict(self.views)))
+        return _bounds.by_path(thawed(self.bound), dict.fromkeys(dict(self.views)))
 
 
 _OPTIONS = frozenset(field.name for field in fields(_Options))
@@ -181,6 +184,8 @@ def _frozen_bound(bound: Any) -> Any:
     """A bound that can be hashed: numbers as floats, arrays Values."""
     if isinstance(bound, Mapping):
         return HashableDict({path: _frozen_bound(b) for path, b in bound.items()})
+    if isinstance(bound, RmsBound):
+        return RmsBound(_frozen_bound(bound.c))
     if isinstance(bound, Tracer):
         raise TypeError(
             "bound of SpectralNorm is a static option and cannot be traced: give a number, or use "
@@ -221,8 +226,9 @@ class SpectralNorm(nnx.Module):
         ``rules=sn_jax.nnx.views(layer, x, conv="operator")``.
       rules: path in the layer -> view or None; from ``views`` for stacked layers, too.
       n_vectors, warmup: as in ``sn_jax.init``.
-      use_scale: multiply each normalized kernel by a learned scale, initially 1 (the gamma of
-        sigma-Reparam, Zhai et al. 2023).
+      use_scale: multiply each normalized kernel by a learned scale (the gamma of sigma-Reparam,
+        Zhai et al. 2023).
+      scale_init: "one", or "sigma" for the scale that gives back the raw kernel at the start.
       stateless: iterate from a fixed start at every call, without a state.
       store_v: keep ``v`` beside ``u``, and take the stored pair in eval, with no iteration:
         ``sigma = <u, W v>``, as torch does. See ``load_state``.
@@ -252,7 +258,7 @@ class SpectralNorm(nnx.Module):
         error_on_non_matrix: bool = False,
         update_stats: bool = True,
         rngs: nnx.Rngs,
-        bound: _core.Norms = 1.0,
+        bound: _bounds.Norms = 1.0,
         mode: Literal["divide", "clip"] = "divide",
         gradient: Literal["through", "stop"] = "through",
         conv: ConvView = "reshape",
@@ -260,6 +266,7 @@ class SpectralNorm(nnx.Module):
         n_vectors: int = 1,
         warmup: int = 15,
         use_scale: bool = False,
+        scale_init: Literal["one", "sigma"] = "one",
         stateless: bool = False,
         store_v: bool = False,
     ):
@@ -279,6 +286,7 @@ class SpectralNorm(nnx.Module):
             raise ValueError(
                 f"{what}: stateless keeps nothing, and store_v=True keeps v; drop one."
             )
+        _flax.check_scale_init(scale_init, use_scale)
         if any(isinstance(layer, SpectralNorm) for _, layer in nnx.iter_modules(layer_instance)):
             raise ValueError(f"{what}, which holds a SpectralNorm already: wrap a layer once.")
         self.layer_instance: nnx.Module = layer_instance
@@ -342,10 +350,22 @@ class SpectralNorm(nnx.Module):
                 x = jnp.zeros_like(x) if key == "sigma" and not known else x
                 node[key] = SpectralStat(x.astype(param_dtype))
         self.batch_stats: Stats = nnx.data(stats)
+        self.scales: Stats = nnx.data(Stats())
+        if use_scale and scale_init == "sigma" and not known:
+            raise ValueError(
+                f'{what}: scale_init="sigma" needs the kernels as they enter their products, which '
+                "only a call of this layer shows: give rules=sn_jax.nnx.views(layer, x), which say "
+                "how to see every kernel."
+            )
         for path in resolved if use_scale else ():
-            ones = jnp.ones(resolved[path].batch_shape(params[path].shape), param_dtype)
-            scales.at(path.split("/"))["scale"] = nnx.Param(ones)
-        self.scales: Stats = nnx.data(scales)
+            view = resolved[path]
+            if scale_init == "sigma":
+                leaf = self._leaf(path, params[path], view, update_stats=False, warm=False)
+                scale = _flax.raw_scale(leaf).astype(param_dtype)
+            else:
+                scale = jnp.ones(view.batch_shape(params[path].shape), param_dtype)
+            scales.at(path.split("/"))["scale"] = nnx.Param(scale)
+        self.scales = nnx.data(scales)
 
     def set_view(self, use_running_average: bool | None = None, **kwargs: Any) -> dict[str, Any]:
         """Switch between training and eval, for ``nnx.view``.

@@ -1,30 +1,36 @@
 """Spectral norms as an optax transformation: parameters that stay within a ball."""
 
-import math
+import re
 import warnings
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import cache, partial
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import chex
 import jax
 import jax.numpy as jnp
 import optax
-from jax import Array, lax
+from jax import Array
 
-from sn_jax import _core, _mesh, _power, _rules, _serial
-from sn_jax._core import Norms, State
+from sn_jax import _bounds, _caps, _core, _mesh, _power, _rules, _serial
+from sn_jax._bounds import Norms
+from sn_jax._core import Singular, State
 from sn_jax._operator import Operator
-from sn_jax._rules import Rules
-from sn_jax._views import View, compute_dtype
+from sn_jax._rules import Params, Rules
+from sn_jax._views import Conv, Matrix, View, compute_dtype
 
-__all__ = ["ProjectSpectralNormState", "project_spectral_norm"]
+__all__ = [
+    "ProjectSpectralNormState",
+    "clip_singular_values",
+    "muon_dimension_numbers",
+    "project_spectral_norm",
+]
 
 # To optax's own type a state is of arrays, tuples and mappings, and no registered dataclass.
 _OptState = Any
 # Half of the tolerance that exact=True promises; the other half is for the error of the norm.
 _TOLERANCE = 5e-6
-_MOST = 2**14
 
 
 class ProjectSpectralNormState(NamedTuple):
@@ -52,20 +58,29 @@ def project_spectral_norm(
     key: chex.PRNGKey,
     *,
     bound: Norms = 1.0,
+    mode: Literal["clip", "divide"] = "clip",
     n_steps: int | Array | None = None,
     exact: bool = False,
 ) -> optax.GradientTransformation:
-    """Project parameters onto the ball of spectral norm ``bound``, after every update.
+    """Scale parameters into the ball of spectral norm ``bound``, or onto its sphere.
 
     The last transformation of a chain: it turns updates into those after which
     ``optax.apply_updates`` gives ``W min(1, bound / sigma(W))``, with W the parameters that the
-    updates would have given. Entries that this does not change keep their update as it is.
+    updates would have given; or ``W bound / sigma(W)`` with ``mode="divide"``, the retraction of
+    optimizers on a spectral sphere (with ``bound=sn_jax.rms_bound(c)`` at radii
+    ``c sqrt(n_out / n_in)``). Entries that this does not change keep their update as it is.
+
+    It scales, along the ray through zero, and is no projection in the sense of the nearest point,
+    which cuts off the singular values above the bound alone: that is ``clip_singular_values``.
 
     By default sigma is an estimate from below, by ``n_steps`` of power iteration from where the
     last update left it. So the norm tracks the ball and exceeds it: by up to 4 % under Adam at
     1e-3, and to 2.3 times the bound where each update is white noise, as large as the parameters
     or larger. That is for one step, and small Gaussian kernels that start at 10 to
     15 times the bound: ``pytest tests/test_transforms.py -k tracks``.
+
+    On the sphere the same holds of an estimate: the norm lies above the radius, by less with more
+    ``n_steps`` (``pytest tests/test_transforms.py -k sphere``).
 
     With ``exact=True`` the norm is that of the explicit matrix, and after every update, however
     large, the true norm is at most ``bound * (1 + 1e-5)``. For that, what rounding of the target
@@ -77,8 +92,10 @@ def project_spectral_norm(
       rules: regular expression -> view, as for ``sn_jax.init``; ``None`` for its defaults.
         Leaves that ``optax.masked`` hides match no rule; there, rules may match nothing.
       key: PRNG key for the vectors.
-      bound: > 0, one number or a mapping path -> number. May be traced, as
-        ``optax.inject_hyperparams`` passes it.
+      bound: > 0, one number or a mapping path -> number, or ``sn_jax.rms_bound(c)``. May be
+        traced, as ``optax.inject_hyperparams`` passes it.
+      mode: "clip" leaves alone what lies within the ball; "divide" scales up, too. A zero parameter
+        stays zero.
       n_steps: power-iteration steps per update, >= 0; None is 1. Of no effect with
         ``exact=True``, as a warning says.
       exact: take the norm of the explicit matrix, by eigenvalues of its Gram matrix on the
@@ -90,8 +107,8 @@ def project_spectral_norm(
       field that has not the parameters' structure.
 
     Raises:
-      ValueError: ``bound`` or ``n_steps`` out of range, or nothing matched (at ``init``); no
-        ``params`` (at ``update``); a matrix too large for ``exact=True``.
+      ValueError: ``bound``, ``mode`` or ``n_steps`` out of range, or nothing matched (at ``init``);
+        no ``params`` (at ``update``); a matrix too large for ``exact=True``.
       TypeError: ``exact`` is not a bool, ``n_steps`` not an integer, ``key`` no PRNG key, or
         ``rules`` no mapping to views.
 
@@ -105,6 +122,8 @@ def project_spectral_norm(
       [[1.   0.  ]
        [0.   0.25]]
     """
+    if mode not in ("clip", "divide"):
+        raise ValueError(f'mode must be "clip" or "divide"; got {mode!r}.')
     if not isinstance(exact, bool):
         raise TypeError(f"exact must be True or False, not traced; got {exact!r}.")
     _core.check_key(key, "project_spectral_norm(rules, key)")
@@ -122,7 +141,7 @@ def project_spectral_norm(
             one_leaf: Any = 0
             return ProjectSpectralNormState(one_leaf)
         state = _core.init(params, key, _rules_here(rules, params))
-        _core.bounds_by_path(bound, state)
+        _bounds.by_path(bound, state)
         if not exact:
             # Parameters often begin far outside of the ball, and the first step must land on it.
             state = _core.calibrate(params, state, rtol=1e-2)
@@ -133,31 +152,180 @@ def project_spectral_norm(
         state: _OptState,
         params: optax.Params | None = None,
     ) -> tuple[optax.Updates, _OptState]:
-        if params is None:
-            raise ValueError(
-                "project_spectral_norm needs the parameters that it projects: call "
-                "optimizer.update(grads, opt_state, params)."
-            )
         singular: State = state.singular
-        stepped = optax.apply_updates(params, updates)
-        old, mid, us = (_rules.named_leaves(tree) for tree in (params, stepped, updates))
-        if exact:
-            bounds = _core.bounds_by_path(bound, singular)
+
+        def scaled(stepped, old, eps):
+            if not exact:
+                tree, new = _core.spectral_normalize(
+                    stepped, singular, n_steps=n_steps, bound=bound, mode=mode, gradient="stop"
+                )
+                return _rules.named_leaves(tree), new
+            bounds = _bounds.by_path(bound, singular)
             projected, new = {}, {}
             for path, w in _core.weights_of(stepped, singular).items():
-                before, eps = singular[path], jnp.finfo(us[path].dtype).eps
-                projected[path], sigma = _project(w, old[path], bounds[path], eps, view=before.view)
+                before = singular[path]
+                projected[path], sigma = _scaled_to(
+                    w, old[path], bounds[path], eps[path], view=before.view, mode=mode
+                )
                 new[path] = replace(before, sigma=sigma.astype(before.sigma.dtype))
-        else:
-            tree, new = _core.spectral_normalize(
-                stepped, singular, n_steps=n_steps, bound=bound, mode="clip", gradient="stop"
-            )
-            projected = _rules.named_leaves(tree)
-        changed = {path: _difference(projected[path], mid[path], old[path], us[path])
-                   for path in singular}  # fmt: skip
-        return _rules.with_leaves(updates, changed), ProjectSpectralNormState(new)
+            return projected, new
+
+        return _changed_updates("project_spectral_norm", scaled, updates, singular, params)
 
     return optax.GradientTransformation(init, update)
+
+
+def clip_singular_values(
+    rules: Rules | None, *, bound: Norms = 1.0, method: _caps.Method = "svd"
+) -> optax.GradientTransformation:
+    """Move parameters to the nearest point of the ball of spectral norm ``bound``, after updates.
+
+    The last transformation of a chain: ``optax.apply_updates`` then gives ``U min(S, c) V^T`` with
+    ``U S V^T`` the parameters that the updates would have given, as
+    ``sn_jax.clip_singular_values`` does, and after that the true norm is at most
+    ``c * (1 + 1e-5)``, rounding of ``params + updates`` included, as by
+    ``project_spectral_norm(exact=True)``.
+
+    Args:
+      rules: regular expression -> view, as for ``sn_jax.init``; ``None`` for its defaults.
+      bound: c > 0, one number or a mapping path -> number, or ``sn_jax.rms_bound(c)``. May be
+        traced.
+      method: "svd" or "polar", as of ``sn_jax.clip_singular_values``.
+
+    Returns:
+      optax.GradientTransformation: its state holds which parameters are seen how, in a
+      ``ProjectSpectralNormState`` whose vectors are not used; its ``update`` needs ``params``.
+
+    Raises:
+      ValueError: ``bound`` or ``method`` out of range, a view that is no ``Matrix``, or nothing
+        matched (at ``init``); no ``params`` (at ``update``).
+      TypeError: rules that are no mapping to views.
+
+    Example:
+      >>> params = {"kernel": jnp.diag(jnp.array([2.0, 0.5]))}
+      >>> clip = clip_singular_values(None, bound=1.0)
+      >>> updates, _ = clip.update({"kernel": jnp.zeros((2, 2))}, clip.init(params), params)
+      >>> print(optax.apply_updates(params, updates)["kernel"].round(3))
+      [[1.  0. ]
+       [0.  0.5]]
+    """
+    _caps.check_method(method)
+
+    def init(params: optax.Params) -> _OptState:
+        if isinstance(params, _placeholder()):
+            one_leaf: Any = 0
+            return ProjectSpectralNormState(one_leaf)
+        state = _core.init(params, jax.random.key(0), _rules_here(rules, params), warmup=0)
+        _bounds.by_path(bound, state)
+        for path, w in _core.weights_of(params, state).items():
+            _caps.check_clippable(path, w, state[path].view)
+        return ProjectSpectralNormState(state)
+
+    def update(
+        updates: optax.Updates, state: _OptState, params: optax.Params | None = None
+    ) -> tuple[optax.Updates, _OptState]:
+        singular: State = state.singular
+
+        def clipped(stepped, old, eps):
+            bounds = _bounds.by_path(bound, singular)
+            projected = {}
+            for path, w in _core.weights_of(stepped, singular).items():
+                view, c = singular[path].view, bounds[path]
+                nearest = _caps.clip(w, c, view=view, method=method, cast=False)
+                projected[path], _ = _scaled_to(
+                    nearest, old[path], c, eps[path], view=view, mode="clip"
+                )
+            return projected, singular
+
+        return _changed_updates("clip_singular_values", clipped, updates, singular, params)
+
+    return optax.GradientTransformation(init, update)
+
+
+def muon_dimension_numbers(params: Params, views: Rules | State | None = None) -> Any:
+    """The axes of every parameter for ``optax.contrib.muon``, as the views say.
+
+    Muon replaces the momentum of a matrix by its polar factor; which axes are the matrix, and which
+    are heads, experts or scanned layers with a matrix each, it takes from a tree
+    ``muon_weight_dimension_numbers``. With this one, it and the spectral norms have one spec.
+
+    A ``Conv`` counts as its kernel flattened to (taps * in, out), the one matrix that Muon can
+    make of it, whose norm is not that of the operator: that is larger, by up to the square root of
+    the number of taps. A ``Scaled`` counts as its view where the factor is one number.
+
+    Args:
+      params: any pytree of arrays.
+      views: regular expression -> view, as for ``sn_jax.init``; ``None`` for its defaults; or the
+        ``State`` that was made with them.
+
+    Returns:
+      A tree like ``params`` of ``optax.contrib.MuonDimensionNumbers``; None, which leaves a
+      parameter to Adam, where there is no view.
+
+    Raises:
+      ValueError: a view that no choice of axes expresses (groups, masks, ``Linear``); nothing
+        matched.
+      TypeError: rules that are no mapping to views.
+
+    Example:
+      >>> params = {"query": jnp.ones((64, 8, 16)), "bias": jnp.ones(64)}
+      >>> numbers = muon_dimension_numbers(params, {"query": Matrix(0, 2)})
+      >>> numbers["query"]
+      MuonDimensionNumbers(reduction_axis=(0,), output_axis=(2,))
+      >>> optimizer = optax.contrib.muon(0.02, muon_weight_dimension_numbers=numbers)
+    """
+    leaves = _rules.named_leaves(params)
+    if isinstance(views, Mapping):
+        views = {
+            re.escape(path) if isinstance(x, Singular) else path:
+            x.view if isinstance(x, Singular) else x
+            for path, x in views.items()
+        }  # fmt: skip
+    numbers = {
+        path: _muon_axes(path, _rules.checked_weight(path, leaves[path], view), view)
+        for path, view in _rules.select(params, leaves, views).items()
+    }
+    # Not by with_leaves: a parameter without a view becomes None.
+    paths, treedef = jax.tree_util.tree_flatten_with_path(params)
+    return treedef.unflatten([numbers.get(_rules.path_name(path)) for path, _ in paths])
+
+
+def _muon_axes(path: str, w: Array, view: View) -> optax.contrib.MuonDimensionNumbers:
+    inner, _ = _caps.without_number(view)
+    if isinstance(inner, Matrix):
+        _, ins, outs = inner.axis_groups(w.ndim)
+        return optax.contrib.MuonDimensionNumbers(ins, outs)
+    if isinstance(inner, Conv) and inner.feature_group_count == 1:
+        batch, _, (*_, out) = inner.vector_axes(w.ndim)
+        assert out is not None  # None for groups
+        ins = tuple(axis for axis in range(w.ndim) if axis not in (*batch, out))
+        return optax.contrib.MuonDimensionNumbers(ins, (out,))
+    raise ValueError(
+        f"{_rules.label(path)} of shape {w.shape} is seen as {view}, which no choice of axes "
+        "expresses, so that Muon cannot make its polar factor: leave it to Adam by a rule with "
+        "None, or say by a Matrix which axes to take."
+    )
+
+
+def _changed_updates(who, change, updates, singular, params):
+    """(updates after which the parameters are what ``change`` makes of them, new state).
+
+    ``change`` takes the parameters after the updates, the leaves before by path, and the resolution
+    of the updates by path, and returns the new leaves by path, and the new state.
+    """
+    if params is None:
+        raise ValueError(
+            f"{who} needs the parameters that it projects: call "
+            "optimizer.update(grads, opt_state, params)."
+        )
+    stepped = optax.apply_updates(params, updates)
+    old, mid, us = (_rules.named_leaves(tree) for tree in (params, stepped, updates))
+    projected, new = change(
+        stepped, old, {path: jnp.finfo(us[path].dtype).eps for path in singular}
+    )
+    changed = {path: _difference(projected[path], mid[path], old[path], us[path])
+               for path in singular}  # fmt: skip
+    return _rules.with_leaves(updates, changed), ProjectSpectralNormState(new)
 
 
 @cache
@@ -191,69 +359,38 @@ def _difference(projected, stepped, w, update):
     return jnp.where(projected == stepped, update, difference)
 
 
-@partial(jax.jit, static_argnames="view")
-def _project(stepped, w, bound, update_eps, *, view):
-    """``stepped`` in the ball, so far that ``w`` plus the rounded difference is; and its norm."""
+@partial(jax.jit, static_argnames=("view", "mode"))
+def _scaled_to(stepped, w, bound, update_eps, *, view, mode):
+    """``stepped`` in the ball or on the sphere, so far that ``w`` plus the rounded difference is;
+    and its norm."""
     operator = Operator(view, w)
     if operator.is_split:
         raise ValueError(
             f"exact=True needs the whole of a kernel of shape {w.shape} on each device, but "
             f"{view} says that shard_map splits it: use exact=False there, or project outside."
         )
-    run = partial(_exact_factor, view)
+    run = partial(_exact_factor, view, mode)
     if _mesh.is_explicit(w):
         run = _mesh.on_automatic_axes(run, (operator.shardings()[0],) * 2)
     factor, sigma = run(stepped, w, bound, update_eps)
     return view.scale(stepped, factor), sigma
 
 
-def _exact_factor(view, stepped, w, bound, update_eps):
+def _exact_factor(view, mode, stepped, w, bound, update_eps):
     dtype = compute_dtype(w.dtype)
-    sigma = _explicit_norm(view, stepped.astype(dtype))
+    sigma = _caps.norm(_caps.explicit(view, stepped.astype(dtype)))
     bound = jnp.asarray(bound, dtype)
-    inside = sigma <= bound * (1 + _TOLERANCE)
-    safe = jnp.where(inside, jnp.ones_like(sigma), sigma)
+    kept = sigma <= bound * (1 + _TOLERANCE)
+    if mode == "divide":
+        kept &= (sigma >= bound * (1 - _TOLERANCE)) | (sigma < jnp.finfo(dtype).tiny)
+    safe = jnp.where(kept, jnp.ones_like(sigma), sigma)
     # The target, its difference from w and their sum are each rounded once, by at most eps / 2
     # times |target|, |target| + |w| and about |target| (1 % for the products of these). What that
     # does to the norm is at most the Frobenius norm of the matrix with these entries.
     eps = jnp.maximum(jnp.asarray(update_eps, dtype), jnp.finfo(w.dtype).eps)
     target = jnp.abs(view.scale(stepped.astype(dtype), bound / safe))
-    rounding = _explicit(view, 0.505 * eps * (jnp.abs(w.astype(dtype)) + 3 * target))
+    rounding = _caps.explicit(view, 0.505 * eps * (jnp.abs(w.astype(dtype)) + 3 * target))
     slack = bound * (1 + _TOLERANCE) - jnp.sqrt(jnp.sum(jnp.square(rounding), (-2, -1)))
     factor = jnp.clip(slack, 0, bound) / safe
-    factor = jnp.where(inside, jnp.ones_like(factor), factor)
+    factor = jnp.where(kept, jnp.ones_like(factor), factor)
     return jnp.where(jnp.isfinite(sigma), factor, jnp.nan), sigma
-
-
-def _explicit_norm(view: View, w: Array) -> Array:
-    """(*batch,): the norm of the explicit matrix, by its Gram matrix on the smaller side.
-
-    Squaring costs the small singular values their digits, but not the largest.
-    """
-    matrix = _explicit(view, w)
-    if matrix.size == 0:
-        return jnp.zeros(matrix.shape[:-2], w.dtype)
-    peak = jnp.max(jnp.abs(matrix), (-2, -1), keepdims=True)
-    matrix = matrix / jnp.where(peak > 0, peak, jnp.ones_like(peak))
-    gram = jnp.matmul(matrix, jnp.matrix_transpose(matrix), precision=lax.Precision.HIGHEST)
-    largest = jnp.linalg.eigvalsh(gram)[..., -1]
-    return jnp.squeeze(peak, (-2, -1)) * jnp.sqrt(jnp.maximum(largest, 0))
-
-
-def _explicit(view: View, w: Array) -> Array:
-    """(*batch, k, n): the matrix of the map, or its transpose, whichever has k <= n."""
-    operator = Operator(view, w)
-    batch, side, other = operator.spaces
-    apply = operator.mv
-    if math.prod(other) < math.prod(side):
-        side, other, apply = other, side, operator.rmv
-    k, columns = math.prod(side), math.prod(other)
-    if k > _MOST:
-        raise ValueError(
-            f"exact=True takes the norm of an explicit matrix, but {view} on a parameter of shape "
-            f"{w.shape} has one with {k} x {columns} entries; use exact=False there, with "
-            "n_steps=2 or more to follow the ball more closely."
-        )
-    basis = jnp.eye(k, dtype=w.dtype).reshape(k, *(1 for _ in batch), *side)
-    rows = jax.vmap(apply)(jnp.broadcast_to(basis, (k, *batch, *side)))
-    return jnp.moveaxis(rows.reshape(k, *batch, columns), 0, -2)

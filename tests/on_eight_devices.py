@@ -43,7 +43,7 @@ CASES = [
      [None, None, "fsdp"]),
 ]  # fmt: skip
 on_cases = pytest.mark.parametrize("case", CASES, ids=[case[0] for case in CASES])
-PARTS = ("u", "v", "sigma", "normalized", "gradient", "calibrated", "norms", "stale")
+PARTS = ("u", "v", "sigma", "normalized", "gradient", "calibrated", "norms", "stale", "rank", "rms")
 
 
 def everything(w, key, view, total=lambda x: x, n_vectors=1):
@@ -60,8 +60,11 @@ def everything(w, key, view, total=lambda x: x, n_vectors=1):
     calibrated = sn_jax.calibrate(params, start)["w"].sigma
     norms = sn_jax.spectral_norms(params, state)["w"]
     stale = sn_jax.residuals(params, state)["w"]
-    found = state["w"]
-    return found.u, found.v, found.sigma, normalized["w"], gradient, calibrated, norms, stale
+    rank = sn_jax.spectral_stats(params, state)["w"].stable_rank
+    by_size, _ = sn_jax.spectral_normalize(params, state, bound=sn_jax.rms_bound(0.5), n_steps=0)
+    rms = sn_jax.spectral_norms(by_size, state)["w"]
+    first = state["w"].u, state["w"].v, state["w"].sigma, normalized["w"], gradient
+    return *first, calibrated, norms, stale, rank, rms
 
 
 @cache
@@ -117,7 +120,7 @@ def test_several_vectors(mesh):
     with jax.set_mesh(mesh):
         found, sent = run_and_look(run, put(kernel(shape), mesh, P("fsdp", "tp")), KEY)
     # The second vectors' signs are rounding's.
-    for a, b in zip(found[-3:], alone(view, shape, 2)[-3:], strict=True):
+    for a, b in zip(found[-5:], alone(view, shape, 2)[-5:], strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-9)
     assert max(sent) <= largest_vector(view, shape, 2)
 
@@ -187,7 +190,7 @@ def test_inside_shard_map(case):
         *(entry or None for entry, _ in zip(view.split, view.batch_shape(shape), strict=False))
     )
     run = partial(everything, view=view, total=lambda loss: jax.lax.psum(loss, names))
-    out = (batch, batch, batch, spec, spec, batch, batch, batch)
+    out = (batch, batch, batch, spec, spec, *[batch] * 5)
     run = jax.jit(jax.shard_map(run, mesh=mesh, in_specs=(spec, P()), out_specs=out))
     found, sent = run_and_look(run, kernel(shape), KEY)
     assert_same(found, alone(case[1], shape))
@@ -380,6 +383,29 @@ def test_projection(exact, mesh):
     case = matrix_case("experts", 1, 2, shape)
     assert np.all(case.norms(found[0]["w"]) <= 1.001)
     assert max(sent) <= 8 * 6
+
+
+@pytest.mark.float32
+@on_meshes
+def test_clipped_singular_values(mesh):
+    """As alone; XLA gathers what an SVD needs. Of blocks in shard_map it says so."""
+    shape, spec = (8, 6, 4), P("fsdp", None, "tp")
+    w = kernel(shape, np.float32)
+    state = sn_jax.init({"w": w}, KEY, {"w": Matrix(1, 2)}, warmup=0)
+    clip = jax.jit(partial(sn_jax.clip_singular_values, bound=0.8))
+    expected = clip({"w": w}, state)["w"]
+    with jax.set_mesh(mesh):
+        found = clip({"w": put(w, mesh, spec)}, state)["w"]
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+    assert found.sharding.is_equivalent_to(NamedSharding(mesh, spec), 3)
+    view = Matrix(1, 2, split=spec)
+
+    def block(w):
+        state = sn_jax.init({"w": w}, KEY, {"w": view}, warmup=0)
+        return sn_jax.clip_singular_values({"w": w}, state)["w"]
+
+    with pytest.raises(ValueError, match=r"w of shape \(2, 6, 2\) is one block"):
+        jax.shard_map(block, mesh=MESHES["Auto"], in_specs=spec, out_specs=spec)(w)
 
 
 def test_a_layer_of_an_ensemble_on_a_mesh_of_its_own():

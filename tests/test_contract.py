@@ -338,6 +338,18 @@ def test_clip_scales_down_only(case):
     np.testing.assert_array_equal(grad, jnp.ones_like(w))
 
 
+def test_a_bound_from_rms_to_rms(case):
+    """c sqrt(n_out / n_in) of the matrix, however the view makes it; wherever bound= is taken."""
+    w = jnp.asarray(case.weights(24))
+    state = sn_jax.calibrate({"w": w}, state_of(case, w), rtol=1e-8, max_steps=5000)
+    *_, n_out, n_in = case.to_dense(np.asarray(w)).shape
+    radius = 0.3 * np.sqrt(n_out / n_in)
+    for bound in (sn_jax.rms_bound(0.3), {"w": sn_jax.rms_bound(jnp.full(case.batch, 0.3))}):
+        np.testing.assert_allclose(case.norms(normalize(w, state, bound=bound)), radius, rtol=1e-9)
+    traced = jax.jit(lambda c: normalize(w, state, bound=sn_jax.rms_bound(c)))(0.3)
+    np.testing.assert_allclose(case.norms(traced), radius, rtol=1e-9)
+
+
 def test_stopped_gradient_holds_sigma_constant(case):
     w = jnp.asarray(case.weights(20))
     state = state_of(case, w)
@@ -353,6 +365,27 @@ def test_penalty_and_its_gradient(case):
     np.testing.assert_allclose(value, 0.5 * np.sum(case.norms(w) ** 2), rtol=1e-10)
     # <grad, W> = sum sigma^2, as sigma u v^T says (Yoshida & Miyato 2017)
     np.testing.assert_allclose(jnp.sum(grad * w), np.sum(case.norms(w) ** 2), rtol=1e-10)
+
+
+def test_penalty_with_a_target_and_a_power(case):
+    """Each batch element is pulled to its target: less than the norm, the norm, more."""
+    w = jnp.asarray(case.weights(21))
+    state = sn_jax.calibrate({"w": w}, state_of(case, w), rtol=1e-9, max_steps=5000)
+    norms = case.norms(w)
+    for power, targets in ((None, 0.9 * norms), (2, norms), (3, {"w": 1.1 * norms})):
+        t = np.asarray(targets["w"] if isinstance(targets, dict) else targets)
+        targets = jax.tree.map(jnp.asarray, targets)
+        value, grad = jax.value_and_grad(
+            lambda w, k=power, t=targets: sn_jax.spectral_penalty(
+                {"w": w}, state, target=t, power=k
+            )
+        )(w)
+        k = power or 1
+        expected = np.sum((norms**k - t**k) ** 2) * (1 if power else 0.5)
+        np.testing.assert_allclose(value, expected, rtol=1e-9, atol=1e-12)
+        # <grad, W> = sum sigma d penalty / d sigma
+        slope = (norms**k - t**k) * k * norms ** (k - 1) * (2 if power else 1)
+        np.testing.assert_allclose(jnp.sum(grad * w), np.sum(norms * slope), rtol=1e-8, atol=1e-8)
 
 
 def test_averaged_or_scaled_vectors_do_not_change_sigma(case):

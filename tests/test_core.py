@@ -484,3 +484,24 @@ def test_a_dataclass_that_inherits_takes_what_its_parent_takes():
     np.testing.assert_array_equal(image.matvec(w, x), conv.matvec(w, x))
     with pytest.raises(ValueError, match="each axis once"):
         Named((0, 0), 1)
+
+
+def test_penalty_towards_one():
+    """diag(2, 1/2), target 1, power 2: (4 - 1)^2, and its slope 2 (4 - 1) 2 2 in one entry."""
+    params = {"w": jnp.diag(jnp.array([2.0, 0.5]))}
+    state = sn_jax.calibrate(params, sn_jax.init(params, KEY), rtol=1e-12)
+    loss = partial(sn_jax.spectral_penalty, state=state, target=1.0, power=2)
+    value, grad = jax.value_and_grad(loss)(params)
+    np.testing.assert_allclose(value, 9.0, rtol=1e-12)
+    np.testing.assert_allclose(grad["w"], [[24.0, 0.0], [0.0, 0.0]], atol=1e-9)
+    below = {"w": 0.25 * params["w"]}  # pulled up, too
+    assert jax.grad(loss)(below)["w"][0, 0] < 0
+    relative = sn_jax.spectral_penalty(params, state, target=sn_jax.rms_bound(2.0))
+    np.testing.assert_allclose(relative, 0.0, atol=1e-12)
+    for options, message in (
+        ({"target": -1.0}, r"target for w must be a finite number >= 0; got -1"),
+        ({"power": 0}, "power must be an integer >= 1, or None; got 0"),
+        ({"target": {"v": 1.0}}, "target as a mapping .*missing: w; unknown: v"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            sn_jax.spectral_penalty(params, state, **options)

@@ -17,7 +17,7 @@ import optax
 import orbax.checkpoint as ocp
 import pytest
 from fixtures import make_checkpoint_fixtures as checkpoints
-from flax import nnx
+from flax import nnx, serialization
 from flax.training.train_state import TrainState
 from jax import export
 
@@ -427,3 +427,83 @@ def test_a_train_step_is_traced_once():
         params, state = step(params, state)
     chex.assert_tree_all_finite((params, state))
     chex.assert_trees_all_equal_shapes_and_dtypes(params, PARAMS)
+
+
+# Out of the door: baked models in programs that know neither Flax nor sn_jax.
+
+
+def served(make_layer):
+    return nn.Sequential(
+        [make_layer(nn.Conv(8, (3, 3), strides=2)), nn.relu, lambda x: x.sum((1, 2)),
+         make_layer(nn.Dense(5))]
+    )  # fmt: skip
+
+
+WITHOUT = """
+import sys
+for name in ("sn_jax", "flax", "optax"):
+    sys.modules[name] = None
+import jax, numpy as np
+from pathlib import Path
+from jax import export
+program = export.deserialize(bytearray(Path("program").read_bytes()))
+for n in (1, 5):
+    np.save(f"{n}.npy", program.call(np.load("x.npy")[:n]))
+"""
+PLAIN = """
+import sys
+sys.modules["sn_jax"] = None
+import flax.linen as nn, numpy as np
+from flax import serialization
+from pathlib import Path
+model = nn.Sequential([nn.Conv(8, (3, 3), strides=2), nn.relu, lambda x: x.sum((1, 2)),
+                       nn.Dense(5)])
+variables = serialization.msgpack_restore(Path("baked").read_bytes())
+np.save("plain.npy", model.apply(variables, np.load("x.npy")))
+"""
+
+
+def test_a_baked_linen_model_is_served_without_sn_jax(tmp_path):
+    """By jax.export with a symbolic batch, as large as the plain model's program; and by Flax."""
+    x = noise(5, 6, 6, 3)
+    model, plain = served(sn_jax.linen.SpectralNorm), served(lambda layer: layer)
+    variables = model.init(KEY, x)
+    expected = model.apply(variables, x)
+    baked = sn_jax.linen.bake(model, variables, x)
+    program, of_plain = (
+        export.export(jax.jit(partial(plain.apply, v)))(symbolic(6, 6, 3)).serialize()
+        for v in (baked, plain.init(KEY, x))
+    )
+    kernels = sum(leaf.nbytes for leaf in jax.tree.leaves(baked))
+    assert abs(len(program) - len(of_plain)) < 0.02 * len(of_plain)
+    assert kernels < len(program) < 3 * kernels + 20_000
+    (tmp_path / "program").write_bytes(program)
+    (tmp_path / "baked").write_bytes(serialization.to_bytes(baked))
+    np.save(tmp_path / "x.npy", x)
+    for code in (WITHOUT, PLAIN):
+        result = subprocess.run(
+            [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True
+        )
+        assert result.returncode == 0, result.stderr
+    for n in (1, 5):
+        np.testing.assert_allclose(np.load(tmp_path / f"{n}.npy"), expected[:n], atol=1e-5)
+    np.testing.assert_allclose(np.load(tmp_path / "plain.npy"), expected, atol=1e-5)
+
+
+def test_a_baked_nnx_model_is_exported_and_loads_in_the_plain_one():
+    rngs, x = nnx.Rngs(0), noise(5, 3)
+    layers = [nnx.Linear(3, 8, rngs=rngs), nnx.Linear(8, 2, rngs=rngs)]
+    wrapped = [sn_jax.nnx.SpectralNorm(layer, rngs=rngs) for layer in layers]
+    model = nnx.Sequential(wrapped[0], nnx.relu, wrapped[1])
+    model.eval()
+    baked = sn_jax.nnx.bake(model)
+    stored = export.export(jax.jit(lambda x: baked(x)))(symbolic(3)).serialize()
+    program = export.deserialize(stored)
+    for n in (1, 5):
+        np.testing.assert_allclose(program.call(x[:n]), model(x[:n]), atol=1e-6)
+    plain = nnx.Sequential(nnx.Linear(3, 8, rngs=rngs), nnx.relu, nnx.Linear(8, 2, rngs=rngs))
+    nnx.update(plain, serialization.from_bytes(
+        nnx.to_pure_dict(nnx.state(plain)),
+        serialization.to_bytes(nnx.to_pure_dict(nnx.state(baked))),
+    ))  # fmt: skip
+    np.testing.assert_allclose(plain(x), model(x), atol=1e-6)

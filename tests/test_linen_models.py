@@ -385,6 +385,10 @@ def test_options_of_the_wrapper():
     half = bake(SpectralNorm(layer, dtype=jnp.bfloat16), plain, X)["params"]["kernel"]
     assert half.dtype == jnp.bfloat16
 
+    by_size = SpectralNorm(layer, warmup=200, bound=sn_jax.rms_bound(0.3))
+    small = bake(by_size, plain, X)["params"]["kernel"]
+    np.testing.assert_allclose(np.linalg.norm(small, 2), 0.3 * 0.5**0.5, rtol=1e-4)
+
     def dot(wrapper):
         """<dL/dW, W>: zero where the gradient goes through sigma."""
         grads = jax.grad(lambda p: wrapper.apply({**plain, "params": p}, X).sum())(plain["params"])
@@ -393,6 +397,42 @@ def test_options_of_the_wrapper():
 
     assert abs(dot(SpectralNorm(layer))) < 1e-4
     assert abs(dot(SpectralNorm(layer, gradient="stop"))) > 1e-2
+
+
+SCALED = {
+    "dense": (nn.Dense(4), {}),
+    "heads": (nn.DenseGeneral((2, 3)), {"rules": {".*kernel": sn_jax.Matrix(0, 2)}, "bound": 0.7}),
+    "scanned": (scanned(Block), {}),
+    "clipped": (nn.Dense(4), {"mode": "clip", "bound": 0.1}),
+    "stateless": (nn.Dense(4), {"stateless": True}),
+    "zero": (nn.Dense(4, kernel_init=nn.initializers.zeros), {}),
+}
+
+
+@pytest.mark.parametrize("name", SCALED)
+def test_sigma_reparam_begins_as_the_raw_layer(name):
+    """scale_init="sigma": the same outputs at the start, training or not."""
+    layer, options = SCALED[name]
+    args = (X, None) if name == "scanned" else (X,)
+    wrapper = SpectralNorm(layer, use_scale=True, scale_init="sigma", **options)
+    variables = wrapper.init(KEY, *args)
+    scales = {k: v for k, v in variables["params"].items() if k.endswith("scale")}
+    raw = {k: v for k, v in variables["params"].items() if not k.endswith("scale")}
+    (inner,) = raw.values()
+    expected = jax.tree.leaves(layer.apply({"params": inner}, *args))[0]
+    for mutable in (False, ["batch_stats"]):
+        out = wrapper.apply(variables, *args, mutable=mutable)
+        np.testing.assert_allclose(jax.tree.leaves(out)[0], expected, rtol=1e-4, atol=1e-5)
+    twice = {**variables, "params": {**raw, **jax.tree.map(lambda x: 2 * x, scales)}}
+    kernel = bake(wrapper, twice, *args)["params"]
+    np.testing.assert_allclose(
+        max(jnp.abs(x).max() for x in jax.tree.leaves(kernel) if x.ndim > 1),
+        2 * max(jnp.abs(x).max() for x in jax.tree.leaves(inner) if x.ndim > 1), rtol=1e-4,
+    )  # fmt: skip
+    with pytest.raises(ValueError, match='scale_init must be "one" or "sigma"'):
+        SpectralNorm(layer, use_scale=True, scale_init="two").init(KEY, *args)
+    with pytest.raises(ValueError, match="give use_scale=True, too"):
+        SpectralNorm(layer, scale_init="sigma").init(KEY, *args)
 
 
 def doubled(w, x):

@@ -277,13 +277,49 @@ def test_options():
     np.testing.assert_allclose(np.linalg.norm(bake(learned).kernel[...], 2), 3, rtol=1e-2)
 
 
+@pytest.mark.parametrize("options", [{}, {"stateless": True}, {"mode": "clip", "bound": 0.1}])
+def test_sigma_reparam_begins_as_the_raw_layer(options):
+    options = {"use_scale": True, "scale_init": "sigma", **options}
+    rngs = nnx.Rngs(0)
+    heads = nnx.LinearGeneral(8, (2, 3), rngs=rngs)
+    for rules in (None, {"kernel": sn_jax.Matrix(0, 2)}):
+        wrapper = SpectralNorm(heads, rules=rules, rngs=rngs, **options)
+        expected = heads(X)
+        for _ in range(2):  # training, eval
+            np.testing.assert_allclose(wrapper(X), expected, rtol=1e-4, atol=1e-5)
+            wrapper.eval()
+        shape = wrapper.scales["kernel"]["scale"].shape
+        assert shape == (() if rules is None else (2,))
+        np.testing.assert_allclose(bake(wrapper).kernel[...], heads.kernel[...], rtol=1e-4)
+
+
+def test_sigma_reparam_needs_to_see_the_kernels():
+    class Scored(nnx.Module):
+        def __init__(self, rngs):
+            self.linear = nnx.Linear(8, 4, rngs=rngs)
+
+        def __call__(self, x):
+            return self.linear(x)
+
+    rngs = nnx.Rngs(0)
+    layer, options = Scored(rngs), {"use_scale": True, "scale_init": "sigma"}
+    with pytest.raises(ValueError, match=r"Scored: scale_init=\"sigma\" needs .*sn_jax.nnx.views"):
+        SpectralNorm(layer, rngs=rngs, **options)
+    wrapper = SpectralNorm(layer, rngs=rngs, rules=views(layer, X), **options)
+    np.testing.assert_allclose(wrapper(X), layer(X), rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match="give use_scale=True, too"):
+        SpectralNorm(layer, rngs=rngs, scale_init="sigma")
+
+
 def test_options_of_the_norm():
     rngs = nnx.Rngs(0)
     linear = nnx.Linear(8, 4, use_bias=False, rngs=rngs)
     half = bake(SpectralNorm(linear, dtype=jnp.bfloat16, rngs=rngs))
     assert half.kernel[...].dtype == jnp.bfloat16
-    bounded = bake(SpectralNorm(linear, bound=0.5, warmup=100, rngs=rngs))
-    np.testing.assert_allclose(np.linalg.norm(bounded.kernel[...], 2), 0.5, rtol=1e-4)
+    by_size = sn_jax.rms_bound(0.5 * 2**0.5)  # 0.5 for 8 to 4 features
+    for bound in (0.5, by_size, {"kernel": by_size}, sn_jax.rms_bound(jnp.asarray(by_size.c))):
+        bounded = bake(SpectralNorm(linear, bound=bound, warmup=100, rngs=rngs))
+        np.testing.assert_allclose(np.linalg.norm(bounded.kernel[...], 2), 0.5, rtol=1e-4)
 
     def dot(**options):
         """<dL/dW, W>: zero where the gradient goes through sigma."""

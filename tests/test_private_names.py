@@ -15,8 +15,8 @@ SOURCE = Path(__file__).parent.parent / "sn_jax"
 PUBLIC = {
     "chex", "flax", "flax.core", "flax.linen", "flax.linen.initializers", "flax.nnx",
     "flax.serialization", "flax.traverse_util", "jax", "jax.dtypes", "jax.export", "jax.lax",
-    "jax.numpy", "jax.numpy.linalg", "jax.random", "jax.sharding", "jax.tree", "jax.tree_util",
-    "optax",
+    "jax.lax.linalg", "jax.nn", "jax.numpy", "jax.numpy.linalg", "jax.random", "jax.sharding",
+    "jax.tree", "jax.tree_util", "optax", "optax.contrib",
 }  # fmt: skip
 INTERNAL = {"scope", "trace_level", "vma", "manual_axis_type", "eqns", "invars", "outvars",
             "constvars", "primitive"}  # fmt: skip

@@ -10,7 +10,7 @@ from test_sharding import run_on_devices
 from experiments.cli import UserError
 from experiments.mesh import layout, make_mesh
 from experiments.transformer import __main__ as transformer
-from experiments.transformer import train
+from experiments.transformer import muon, train
 
 pytestmark = pytest.mark.float32
 
@@ -73,6 +73,20 @@ def test_on_a_mesh_it_trains_alike(quick, tmp_path):
     assert spread["mesh"] == {"fsdp": 4, "tp": 2}
     for name, values in alone["history"].items():
         np.testing.assert_allclose(spread["history"][name], values, rtol=2e-3, err_msg=name)
+
+
+def test_muon_stays_on_its_spheres(tmp_path):
+    """The recipe of docs/spectra.md, in its fast mode: near the radii, which Muon alone leaves."""
+    assert muon.main(["--quick", "--no-progress", "--out", str(tmp_path)]) == 0
+    results = json.loads((tmp_path / "muon.json").read_text())["ways"]
+    largest = {way: max(result["history"]["largest sigma / R"]) for way, result in results.items()}
+    assert largest["sphere"] < 1.15 < 1.5 < largest["free"]
+    assert min(results["sphere"]["history"]["least sigma / R"]) > 1 - 1e-4
+    for result in results.values():
+        assert result["history"]["loss"][-1] < 0.9 * result["history"]["loss"][0]
+    assert (tmp_path / "muon.png").stat().st_size > 10_000
+    assert (tmp_path / "sphere.msgpack").exists()
+    assert muon.main(["--c", "0", "--out", str(tmp_path)]) == 2
 
 
 @pytest.mark.parametrize(

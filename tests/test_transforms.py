@@ -131,6 +131,128 @@ def test_exact_in_half_precision(dtype):
         assert 0.75 < largest(params) <= 1 + 1e-5
 
 
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_exact_puts_every_view_onto_the_sphere(case):
+    """mode="divide" scales up, too, and what lies on the sphere stays as it is."""
+    w = jnp.asarray(case.weights(0), jnp.float32)
+    for bound in (0.1 * float(np.min(case.norms(w))), 3 * float(np.max(case.norms(w)))):
+        options = {"bound": bound, "mode": "divide", "exact": True}
+        project = project_spectral_norm({"w": case.view}, KEY, **options)
+        state, update = project.init({"w": w}), jax.jit(project.update)
+        updates, _ = update({"w": 0 * w}, state, {"w": w})
+        after = w + updates["w"]
+        np.testing.assert_allclose(case.norms(after), bound, rtol=2e-5)
+        assert np.all(case.norms(after) <= bound * (1 + 1e-5))
+        again, _ = update({"w": 0 * w}, state, {"w": after})
+        np.testing.assert_allclose(after + again["w"], after, rtol=1e-5, atol=1e-12)
+
+
+@pytest.mark.parametrize("exact", [False, True])
+def test_zero_has_no_direction_to_the_sphere(exact):
+    """It stays zero, and the first update that moves it puts it onto the sphere."""
+    project = project_spectral_norm(RULES, KEY, bound=2.0, mode="divide", exact=exact)
+    zero, identity = {"kernel": jnp.zeros((3, 4))}, {"kernel": 1e-3 * jnp.eye(3, 4)}
+    updates, state = project.update(zero, project.init(zero), zero)
+    np.testing.assert_array_equal(updates["kernel"], 0)
+    updates, state = project.update(identity, state, zero)
+    np.testing.assert_allclose(norms(updates["kernel"]), 2, rtol=1e-4)
+    bad = {"kernel": jnp.full((3, 4), jnp.inf)}
+    assert np.isnan(project.update(bad, state, zero)[0]["kernel"]).all(), "never hidden"
+
+
+def test_on_the_sphere_at_scale_aware_radii_under_muon():
+    """The spectral sphere of Muon: the estimate's excess is small, and falls with the steps."""
+    shapes = {"up": {"kernel": (32, 128)}, "down": {"kernel": (128, 32)}}
+    params = gaussian(0, shapes, 0.1)
+    rng = np.random.default_rng(2)
+    x, y = (jnp.asarray(rng.standard_normal((64, 32)), jnp.float32) for _ in range(2))
+    radius = {"up": 2.0, "down": 0.5}  # sqrt(n_out / n_in)
+
+    def loss(params):
+        hidden = jax.nn.relu(x @ params["up"]["kernel"])
+        return jnp.mean((hidden @ params["down"]["kernel"] - y) ** 2)
+
+    muon = optax.contrib.scale_by_muon(
+        weight_dimension_numbers=sn_jax.transforms.muon_dimension_numbers(params, RULES)
+    )
+
+    @jax.jit
+    def run(params, n_steps):
+        project = project_spectral_norm(
+            RULES, KEY, bound=sn_jax.rms_bound(1.0), mode="divide", n_steps=n_steps
+        )
+        to_radius = optax.stateless(
+            lambda us, _: {k: {"kernel": -0.05 * radius[k] * us[k]["kernel"]} for k in us}
+        )
+        optimizer = optax.chain(muon, to_radius, project)
+
+        def step(carry, _):
+            params, state = carry
+            updates, state = optimizer.update(jax.grad(loss)(params), state, params)
+            params = optax.apply_updates(params, updates)
+            return (params, state), params
+
+        return jax.lax.scan(step, (params, optimizer.init(params)), None, 60)[1]
+
+    worst = []
+    for n_steps in (1, 2, 4):
+        history = run(params, jnp.int32(n_steps))
+        ratios = [norms(history[name]["kernel"]) / radius[name] for name in radius]
+        assert np.min(ratios) > 1 - 1e-5, "an estimate from below lands above"
+        worst.append(np.max(ratios))
+    assert worst[2] <= worst[1] <= worst[0] < 1.05
+    assert worst[2] < worst[0]
+
+
+class TestMuon:
+    def test_one_spec_gives_the_polar_factor_of_each_head_expert_and_layer(self):
+        shapes = {
+            "query": {"kernel": (2, 12, 3, 4)},  # layers, features, heads, dim
+            "experts": {"kernel": (3, 6, 8)},
+            "conv": {"kernel": (3, 3, 2, 5)},
+            "table": {"embedding": (7, 4)},
+        }
+        views = {
+            "query/kernel": sn_jax.Matrix(1, 3),
+            "experts/kernel": sn_jax.Scaled(sn_jax.Matrix(), 0.5),
+            "conv/kernel": sn_jax.Conv((8, 8), strides=2),
+            "table/.*": None,
+        }
+        params, grads = gaussian(0, shapes), gaussian(1, shapes)
+        numbers = sn_jax.transforms.muon_dimension_numbers(params, views)
+        state = sn_jax.init(params, KEY, views)
+        assert numbers == sn_jax.transforms.muon_dimension_numbers(params, state)
+        assert numbers["table"]["embedding"] is None
+        flat = {**views, "conv/kernel": sn_jax.Matrix((0, 1, 2), 3)}
+        assert numbers == sn_jax.transforms.muon_dimension_numbers(params, flat)
+        muon = optax.contrib.muon(
+            1.0, ns_coeffs=(1.5, -0.5, 0.0), ns_steps=40, nesterov=False, beta=0.0,
+            muon_weight_dimension_numbers=numbers,
+        )  # fmt: skip
+        updates, _ = jax.jit(muon.update)(grads, muon.init(params), params)
+        order = {"query": (0, 2, 3, 1), "experts": (0, 2, 1), "conv": (3, 0, 1, 2)}
+        for name, axes in order.items():
+            update, grad = (np.asarray(tree[name]["kernel"], np.float64).transpose(axes)
+                            for tree in (updates, grads))  # fmt: skip
+            n_batch = 0 if name == "conv" else len(axes) - 2
+            shape = (*grad.shape[:n_batch], grad.shape[n_batch], -1)
+            update, grad = update.reshape(shape), grad.reshape(shape)
+            u, _, vt = np.linalg.svd(grad, full_matrices=False)
+            scale = max(1, update.shape[-2] / update.shape[-1]) ** 0.5  # muon's own
+            np.testing.assert_allclose(update, -scale * (u @ vt), atol=2e-4, err_msg=name)
+
+    def test_what_no_axes_express_is_refused(self):
+        params = {"w": jnp.ones((3, 3, 1, 4))}
+        for view in (
+            sn_jax.Conv((8, 8), feature_group_count=4),
+            sn_jax.Scaled(sn_jax.Matrix((0, 1, 2), 3), np.ones((3, 3, 1, 4))),
+        ):
+            with pytest.raises(ValueError, match=r"w of shape .*leave it to Adam by a rule"):
+                sn_jax.transforms.muon_dimension_numbers(params, {"w": view})
+        with pytest.raises(ValueError, match="No parameter to normalize"):
+            sn_jax.transforms.muon_dimension_numbers(params, {"v": sn_jax.Matrix()})
+
+
 def test_inside_the_ball_updates_pass_bit_for_bit():
     params, updates = gaussian(0, SHAPES, 1e-3), gaussian(1, SHAPES, 1e-3)
     for exact in (False, True):
@@ -215,6 +337,10 @@ class TestComposition:
         for steps, bound in ((1, 1.0), (2, 2.0)):
             params, _ = self.apply(optimizer, steps=steps)
             np.testing.assert_allclose(largest(params), bound, rtol=1e-5 if exact else 0.01)
+        optimizer = factory(RULES, KEY, bound=sn_jax.rms_bound(0.5), exact=exact, n_steps=30)
+        params, _ = self.apply(optimizer)
+        limit = 0.5 * (32 / 48) ** 0.5
+        assert norms(params["dense"]["kernel"]) < limit * (1 + (1e-5 if exact else 0.01))
         optimizer = factory(RULES, KEY, bound=1.0, exact=exact)
         state = optimizer.init(self.params)
         state.hyperparams["bound"] = jnp.array(0.25)
@@ -266,6 +392,10 @@ def test_errors_say_what_to_do():
         project_spectral_norm(RULES, KEY, bound={}, exact=True).init(params)
     with pytest.raises(ValueError, match="n_steps must be at least 0"):
         project_spectral_norm(RULES, KEY, n_steps=-1).init(params)
+    with pytest.raises(ValueError, match='mode must be "clip" or "divide"'):
+        project_spectral_norm(RULES, KEY, mode="sphere")
+    with pytest.raises(ValueError, match="c of the rms_bound as bound for dense/kernel must"):
+        project_spectral_norm(RULES, KEY, bound=sn_jax.rms_bound(-1)).init(params)
     with pytest.raises(TypeError, match="exact must be True or False"):
         project_spectral_norm(RULES, KEY, exact=jnp.array(True))
     with pytest.raises(ValueError, match=r"bound for dense/kernel"):

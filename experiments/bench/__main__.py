@@ -11,6 +11,7 @@ import jax
 from tqdm import tqdm
 
 from experiments.bench import (
+    caps,
     comm,
     compile,
     conv,
@@ -28,8 +29,8 @@ from experiments.bench.timing import Row
 from experiments.cli import UserError, aligned, commit, parse, versions, write_text
 
 Suite = Literal[
-    "transform", "step", "compile", "tracking", "memory", "conv", "scaling", "norms", "lipschitz",
-    "comm", "gan",
+    "transform", "step", "compile", "tracking", "memory", "conv", "scaling", "norms", "caps",
+    "lipschitz",     "comm", "gan",
 ]  # fmt: skip
 SUITES = {
     "transform": transform.rows,
@@ -41,6 +42,7 @@ SUITES = {
     "scaling": scaling.rows,
     "norms": norms.rows,
     "lipschitz": lipschitz.rows,
+    "caps": caps.rows,
     "comm": comm.rows,
     "gan": gan.rows,
 }
