@@ -222,7 +222,44 @@ TABLE = {
         lambda: init({"w": Linear(lambda w, x: (w + 1) * x, 2)}, {"w": ones(2)}),
         ["w of shape (2,)", "not linear in w"],
     ),
+    # caps and spectra
+    "no power": (
+        lambda: sn_jax.spectral_penalty(PARAMS, init(), power=0),
+        ["power", ">= 1", "0"],
+    ),
+    "clipped by an unknown method": (
+        lambda: sn_jax.clip_singular_values(PARAMS, init(), method="qr"),
+        ["'qr'", '"svd"', '"polar"'],
+    ),
+    "a clipped convolution": (
+        lambda: sn_jax.clip_singular_values(
+            IMAGES, init({".*": Conv((4, 4), padding="VALID")}, IMAGES)
+        ),
+        ["conv/kernel", "(3, 3, 2, 4)", 'mode="clip"'],
+    ),
+    "a maximum that is none": (
+        lambda: sn_jax.flat_scalars({"heads": ones(4)}, reduce=jnp.abs),
+        ["heads", "(4,)", "jnp.max"],
+    ),
+    "more singular values than there are": (
+        lambda: sn_jax.singular_values(ones(3, 2), k=3),
+        ["k", "from 1 to 2", "(3, 2)"],
+    ),
+    "all singular values of a large map": (
+        lambda: sn_jax.singular_values(np.ones(5000), Linear(jnp.multiply, 5000)),
+        ["(5000,)", "at most 4096", "give k"],
+    ),
     # optax
+    "a projection of an unknown mode": (
+        lambda: project_spectral_norm(None, KEY, mode="project"),
+        ["'project'", '"clip"', '"divide"'],
+    ),
+    "Muon on a map of no axes": (
+        lambda: sn_jax.transforms.muon_dimension_numbers(
+            {"w": ones(3)}, {"w": Linear(jnp.multiply, 3)}
+        ),
+        ["w of shape (3,)", "Linear", "Adam"],
+    ),
     "a traced exact": (
         lambda: jax.jit(lambda e: project_spectral_norm(None, KEY, exact=e).init(PARAMS))(True),
         ["exact", "traced"],
@@ -415,11 +452,16 @@ ELSEWHERE = {
     "kernel + a b of LoRA": ("test_effective.py", "merge the adapter"),
     "with the arguments of a call": ("test_effective.py", r"bake\(model, x\)"),
     "this call does not use": ("test_nnx_wrapper.py", "call does not use"),
+    'scale_init="sigma" needs the kernels': ("test_nnx.py", r"scale_init=\"sigma\" needs"),
+    "is one block of a kernel": ("on_eight_devices.py", "is one block"),
     "exact=True needs the whole": ("on_eight_devices.py", "exact=True needs the whole"),
 }
 # Not reached by any call that was found.
 UNREACHED = ("Lanczos iteration did not converge", "has no state for")
-ROOMS = ("_core", "_views", "_norms", "_power", "_rules", "linen", "nnx", "transforms", "_attack")
+ROOMS = (
+    "_attack", "_bounds", "_caps", "_core", "_norms", "_power", "_rules", "_spectra", "_views",
+    "linen", "nnx", "transforms",
+)  # fmt: skip
 
 
 def pattern_of(node):
