@@ -37,6 +37,8 @@ if TYPE_CHECKING:  # on first use, by __getattr__
     from sn_jax._lipschitz import LipschitzBound as LipschitzBound
     from sn_jax._lipschitz import lipschitz_bound as lipschitz_bound
     from sn_jax._lipschitz import register_lipschitz as register_lipschitz
+    from sn_jax._margins import certified_radius as certified_radius
+    from sn_jax._margins import margin_bounds as margin_bounds
     from sn_jax._norms import Bounds as Bounds
     from sn_jax._norms import GramResult as GramResult
     from sn_jax._norms import gram_iteration as gram_iteration
@@ -64,6 +66,7 @@ __all__ = [
     "State",
     "View",
     "calibrate",
+    "certified_radius",
     "clip_singular_values",
     "flat_scalars",
     "gram_iteration",
@@ -71,6 +74,7 @@ __all__ = [
     "lipschitz_attack",
     "lipschitz_bound",
     "local_lipschitz",
+    "margin_bounds",
     "norm_bounds",
     "power_iteration",
     "register_lipschitz",
@@ -93,6 +97,7 @@ _LATER = {
         ("SpectralStats", "flat_scalars", "singular_values", "spectral_stats"), "_spectra"
     ),
     **dict.fromkeys(("LipschitzBound", "lipschitz_bound", "register_lipschitz"), "_lipschitz"),
+    **dict.fromkeys(("certified_radius", "margin_bounds"), "_margins"),
     **dict.fromkeys(
         ("Bounds", "GramResult", "gram_iteration", "norm_bounds", "spectral_norm"), "_norms"
     ),

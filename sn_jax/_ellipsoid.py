@@ -27,33 +27,56 @@ class Block(NamedTuple):
       key: the source; None for the outputs.
       columns: source -> (its part of P^T, (source, row), by how much that errs).
       size: of w.
+      entries: which entry of w each row bounds, -1 for rows of zeros; None where the rows bound
+        no entry by itself.
     """
 
     key: Any
     columns: dict[Any, tuple[np.ndarray, float]]
     size: int
+    entries: np.ndarray | None = None
 
 
-def ellipsoid(x: Any, blocks: Sequence[Block], say: Callable[[str], None]):
-    """(a bound of the last block, how far each block can move at most).
+class Ellipsoid(NamedTuple):
+    """What one run finds.
 
-    Args:
-      x: the first source; every length is relative to its own.
-      blocks: in order, the outputs last.
-      say: told what is done.
+    Attributes:
+      upper: certified.
+      lengths: how far each block can move at most.
+      squared: the square of the bound before it was certified.
+      es: the covariance of each block but the last; 0 where it does not move.
     """
-    places, n = {x: slice(0, x.size)}, x.size
-    matrices, errors = [], []
+
+    upper: float
+    lengths: list[float]
+    squared: float
+    es: list[float]
+
+
+def stacked(x: Any, blocks: Sequence[Block]) -> tuple[dict[Any, slice], list[np.ndarray], int]:
+    """(source -> its coordinates, P of every block, the number of coordinates)."""
+    places, n, matrices = {x: slice(0, x.size)}, x.size, []
     for block in blocks:
         widths = [m.shape[1] for m, _ in block.columns.values()]
         p = np.zeros((widths[0] if widths else 0, n))
         for source, (matrix, _) in block.columns.items():
             p[:, places[source]] = matrix.T
         matrices.append(p)
-        errors.append({s: e for s, (_, e) in block.columns.items()})
         if block.key is not None:
             places[block.key] = slice(n, n + block.size)
             n += block.size
+    return places, matrices, n
+
+
+def ellipsoid(x: Any, blocks: Sequence[Block], say: Callable[[str], None]) -> Ellipsoid:
+    """One covariance for each block.
+
+    Args:
+      x: the first source; every length is relative to its own.
+      blocks: in order, the outputs last.
+      say: told what is done.
+    """
+    _, matrices, _ = stacked(x, blocks)
     sizes = [block.size for block in blocks]
     # A smaller matrix with the same P^T P.
     matrices = [np.linalg.qr(p)[1] if len(p) > 2 * p.shape[1] else p for p in matrices]
@@ -87,7 +110,7 @@ def ellipsoid(x: Any, blocks: Sequence[Block], say: Callable[[str], None]):
         if best[0] > before * (1 - 1e-3):
             step = math.sqrt(step)
     squared, es, lengths = best
-    return _certified(squared, es, x.size, blocks, places, n), lengths
+    return Ellipsoid(certified(squared, es, x, blocks), lengths, squared, es)
 
 
 def _recursion(n_x: int, matrices, sizes, thetas):
@@ -124,43 +147,49 @@ def _recursion(n_x: int, matrices, sizes, thetas):
     return 0.0, es, [*lengths, 0.0]
 
 
-def _certified(squared: float, es, n_x: int, blocks, places, n: int) -> float:
-    r"""At least the bound, proved for these e.
+def certified(squared: float, es: Sequence[Any], x: Any, blocks: Sequence[Block]) -> float:
+    r"""At least the bound, proved for these e: one for a block, or one for each of its entries.
 
     With w in units of sqrt(e), ``|y|^2 <= L^2 |x|^2`` for all moves that keep every
     ``|w_i|^2 <= |P_i s|^2`` follows from ``L^2 (I - sum_i P_i^T P_i) - C^T C`` being positive
     semidefinite: multiply out and add the inequalities. Its Cholesky factorization is in floating
     point: the diagonal is lowered by what that and the matrix itself can hide first.
     """
+    places, matrices, n = stacked(x, blocks)
     scale = np.ones(n)
     for block, e in zip(blocks, es, strict=False):
-        if e > 0:
-            scale[places[block.key]] = math.sqrt(e)
+        if np.min(e, initial=math.inf) > 0:
+            scale[places[block.key]] = np.sqrt(e)
     total, hidden, c_size = np.zeros((n, n)), 0.0, 0.0
     outer = np.zeros((n, n))
     c_hidden = 0.0
-    for i, block in enumerate(blocks):
+    for i, (block, p) in enumerate(zip(blocks, matrices, strict=True)):
         last = block.key is None
-        if not last and es[i] == 0:
+        if not last and (block.size == 0 or np.min(es[i]) <= 0):
             # Nothing moves it, so that its columns stand alone: not to be seen by others either.
             if block.size and any(m.any() or e for m, e in block.columns.values()):
                 return math.inf
             continue
-        divisor = 1.0 if last else math.sqrt(es[i])
-        rows = next((m.shape[1] for m, _ in block.columns.values()), 0)
-        p, error = np.zeros((rows, n)), 0.0
-        for source, (matrix, e) in block.columns.items():
-            factors = scale[places[source]] / divisor
-            p[:, places[source]] = matrix.T * factors
-            error += e * float(np.max(factors, initial=0.0))
+        if block.entries is not None and np.ndim(es[i]):
+            p = p[block.entries >= 0]
+            divisor = np.sqrt(es[i])[block.entries[block.entries >= 0]]
+        else:
+            divisor = np.full(len(p), 1.0 if last else math.sqrt(es[i]))
+        p = p * scale[: p.shape[1]] / divisor[:, None]
+        least = float(np.min(divisor, initial=math.inf))
+        error = sum(
+            e * float(np.max(scale[places[source]], initial=0.0)) / least
+            for source, (_, e) in block.columns.items()
+        )
         size = float(np.linalg.norm(p)) * (1 + gamma(2 * p.size + 16))
         error += 4 * UNIT * size
         # |P^T P| in floating point, and what the error of P does to it.
-        lost = gamma(2 * rows + 32) * size**2 + 2 * error * size + error**2
+        lost = gamma(2 * len(p) + 32) * size**2 + 2 * error * size + error**2
         if last:
             outer, c_hidden, c_size = p.T @ p, lost, size**2
         else:
-            total += p.T @ p
+            k = p.shape[1]
+            total[:k, :k] += p.T @ p
             hidden += lost + UNIT * 8 * len(blocks) * size**2
     if squared == 0 and c_size == 0:
         return math.sqrt(c_hidden)

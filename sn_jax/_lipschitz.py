@@ -5,6 +5,7 @@ Every domain bounds how far each source can move for a step of length 1 of x, in
 graph, and in the end how far the outputs move. Constants are kept as logarithms, rounded up.
 """
 
+import contextlib
 import math
 import sys
 import time
@@ -18,7 +19,8 @@ import numpy as np
 import scipy.linalg
 from scipy.sparse.linalg import LinearOperator, eigsh
 
-from sn_jax._ellipsoid import Block, ellipsoid
+from sn_jax._balls import Balls
+from sn_jax._ellipsoid import Block, Ellipsoid, ellipsoid
 from sn_jax._graph import Graph, NoPlatform, graph_of
 from sn_jax._matrix_free import FAILURE, norm_above
 from sn_jax._operation_norms import (
@@ -34,10 +36,13 @@ from sn_jax._operation_norms import (
 from sn_jax._pieces import Operation, apply, is_linear, products, rounding_terms
 from sn_jax._sources import RULES, Row, Rows, Source, Sources
 from sn_jax._symbols import UNIT, gamma
+from sn_jax._tight import tight
 
-METHODS = ("product", "merged", "joint", "shift", "ellipsoid")
+METHODS = ("product", "merged", "joint", "shift", "ellipsoid", "tight")
 # Entries of all matrices that a domain over all sources keeps, and directions of all sources.
 _MOST_KEPT, _MOST_DIRECTIONS = 2**26, 3000
+# Directions up to which "auto" is tight: half a second there, and it grows with the cube.
+_MOST_TIGHT = 300
 
 
 class Op(NamedTuple):
@@ -113,6 +118,8 @@ def lipschitz_bound(
     *,
     method: str = "auto",
     rtol: float = 1e-6,
+    steps: int = 50,
+    radius: float | None = None,
     progress: bool = True,
 ) -> LipschitzBound:
     r"""A certified Lipschitz constant of any function, read off the function itself.
@@ -128,7 +135,9 @@ def lipschitz_bound(
     - joint: what comes from several sources is bounded as one map of all of them,
       ``min over w > 0 of sqrt(sum w_k) sigma([B_k L_k / sqrt(w_k)])``;
     - shift: a function with slopes in [a, b] is ``(a + b)/2`` times its argument and a rest;
-    - ellipsoid: one ellipsoid holds all that can move together.
+    - ellipsoid: one ellipsoid holds all that can move together;
+    - tight: the best such ellipsoid that has one number for each entry of elementwise functions,
+      by an interior-point method (LipSDP-Neuron of Fazlyab et al. 2019, eq. 7, for any graph).
 
     It is the constant of the real-arithmetic function of the constants that ``fn`` has. Examples
     in a batch that do not see each other have the constant of one: give a batch of one.
@@ -136,9 +145,15 @@ def lipschitz_bound(
     Args:
       fn: function of one array, or of a tree that holds one; its results are taken together.
       x: an argument; its shape and dtype count.
-      method: one of "product", "merged", "joint", "shift", "ellipsoid": that one and the cruder
-        ones, of which the least is taken; "auto": all that the size allows.
+      method: one of "product", "merged", "joint", "shift", "ellipsoid", "tight": that one and the
+        cruder ones, of which the least is taken; "auto": all that the size allows, "tight" up to
+        300 directions in x and all sources together.
       rtol: how close norms of single matrices are bounded, > 0.
+      radius: of an l2 ball around x, > 0: the constant in it, which is less, and finite for
+        products, exp and attention; None for all of space. By "shift" and what follows it goes to
+        the norm of the Jacobian at x with the radius, but for normalizations and pools.
+      steps: of the interior-point method in "tight", >= 1, each a few factorizations of a matrix of
+        all directions; some 15 reach the optimum, and fewer leave a bound that holds.
       progress: whether to say on stderr what is done, after two seconds.
 
     Returns:
@@ -146,7 +161,8 @@ def lipschitz_bound(
 
     Raises:
       ValueError: a jump, a branch or loop on x, a primitive of which nothing is known
-        (``register_lipschitz``), an unknown method.
+        (``register_lipschitz``), an unknown method; ``rtol``, ``steps`` or ``radius`` out of range,
+        or values of x that a radius needs and that are not there.
       TypeError: not one floating-point array in ``x``.
 
     Example:
@@ -154,11 +170,17 @@ def lipschitz_bound(
       >>> bound = lipschitz_bound(lambda x: jnp.tanh(2 * x) + x, jnp.zeros(3))
       >>> print(f"{bound.upper:.6f}")
       3.000000
+      >>> print(f"{lipschitz_bound(jnp.exp, jnp.zeros(3), radius=1.0).upper:.4f}")
+      2.7183
     """
     if method not in (*METHODS, "auto"):
         raise ValueError(f"method must be one of {(*METHODS, 'auto')}; got {method!r}.")
     if not rtol > 0:
         raise ValueError(f"rtol must be > 0; got {rtol}.")
+    if radius is not None and not 0 < radius < math.inf:
+        raise ValueError(f"radius must be > 0 and finite, or None for all of space; got {radius}.")
+    if steps < 1:
+        raise ValueError(f"steps must be at least 1; got {steps}.")
     say = _Progress(progress)
     results, platforms = [], [jax.default_backend()]
     for platform in platforms:
@@ -170,8 +192,19 @@ def lipschitz_bound(
                 raise
             continue
         platforms += [other for other in graph.platforms if other not in platforms]
-        results.append(_Bounds(graph, rtol, say, started).bound(method))
-    return max(results, key=lambda bound: bound.log_upper)
+        balls = None
+        if radius is not None:
+            (centre,) = (leaf for leaf in jax.tree_util.tree_leaves(x) if hasattr(leaf, "shape"))
+            balls = Balls(graph.x, _concrete(centre), radius)
+        results.append(_Bounds(graph, rtol, say, started, steps=steps, balls=balls).bound(method))
+    found = max(results, key=lambda bound: bound.log_upper)
+    if radius is not None and found.log_upper > -math.inf:
+        # What holds everywhere holds in a ball; a function may have no constant outside of it.
+        with contextlib.suppress(ValueError):
+            options: dict[str, Any] = {"method": method, "rtol": rtol, "steps": steps}
+            everywhere = lipschitz_bound(fn, x, **options, progress=progress)
+            found = min(found, everywhere, key=lambda bound: bound.log_upper)
+    return found
 
 
 def register_lipschitz(primitive: Any, rule: Callable[..., float]) -> None:
@@ -194,6 +227,19 @@ def register_lipschitz(primitive: Any, rule: Callable[..., float]) -> None:
     if not callable(rule):
         raise TypeError(f"rule must be a function (*args, **params) -> float; got {rule!r}.")
     RULES[getattr(primitive, "name", primitive)] = rule
+
+
+def _concrete(x: Any) -> np.ndarray:
+    try:
+        centre = np.asarray(x).astype(np.float64)
+    except (jax.errors.TracerArrayConversionError, TypeError):
+        centre = np.full(1, math.nan)
+    if not np.all(np.isfinite(centre)):
+        raise ValueError(
+            "With radius= the values of x count: give a concrete, finite array, not a traced one "
+            "or a shape."
+        )
+    return centre
 
 
 class _Progress:
@@ -333,12 +379,14 @@ class _Bounds:
     """All domains on one graph."""
 
     def __init__(self, graph: Graph, rtol: float, say: _Progress, started: float = 0.0,
-                 most_entries: int = MOST_ENTRIES):  # fmt: skip
+                 most_entries: int = MOST_ENTRIES, steps: int = 1,
+                 balls: Balls | None = None):  # fmt: skip
         self.graph, self.rtol, self.say, self.started = graph, rtol, say, started
+        self.steps = steps
         self.most_entries = most_entries
         self.failures = 0  # of norms that are bounded by random products
         self._products: dict[tuple[Any, ...], float] = {}
-        self.all = Sources(graph.outputs, self.loop)
+        self.all = Sources(graph.outputs, self.loop, balls)
         self.sources: list[Source] = [self.all.sources[a] for a in self.all.order
                                       if a in self.all.sources]  # fmt: skip
         self.outputs = Rows(tuple(Row(((a, 1.0),)) for a in dict.fromkeys(graph.outputs)))
@@ -356,6 +404,7 @@ class _Bounds:
             return LipschitzBound(0.0, -math.inf, names[0], ())
         runs: dict[str, tuple[float, list[Op]]] = {}
         blocks: list[Block] = []
+        found: Ellipsoid | None = None
         seconds, started = {}, self.started
         for name in names:
             self.say(name)
@@ -367,8 +416,12 @@ class _Bounds:
                 try:
                     if name == "shift":
                         runs["shift"], blocks = self.shift()
-                    elif blocks:
-                        runs[name] = self.ellipsoid(blocks, runs["shift"][1])
+                    elif name == "ellipsoid" and blocks:
+                        found = ellipsoid(self.graph.x, blocks, self.say)
+                        runs[name] = self.moved(found.upper, found.lengths, runs["shift"][1])
+                    elif found and (method == "tight" or self.directions <= _MOST_TIGHT):
+                        ends = tight(self.graph.x, blocks, found, self.steps, self.say)
+                        runs[name] = self.moved(*ends, runs["shift"][1])
                 except _TooLargeError:
                     self.notes.append(f"{name} did not run: too many directions for one matrix.")
             if name in runs:
@@ -654,11 +707,14 @@ class _Bounds:
 
     # Domains over all directions at once.
 
+    @property
+    def directions(self) -> int:
+        return self.graph.x.size + sum(s.node.size for s in self.sources)
+
     def shift(self):
         """((bound, table), blocks for the ellipsoid), by constants of the rests of sources."""
-        directions = self.graph.x.size + sum(s.node.size for s in self.sources)
         infinite = any(row.is_infinite for s in self.sources for row in s.rows.rows)
-        if infinite or directions > _MOST_DIRECTIONS:
+        if infinite or self.directions > _MOST_DIRECTIONS:
             raise _TooLargeError
         forms, logs, ops = _Forms(_MOST_KEPT), {self.graph.x: 0.0}, []
         forms.seed(self.graph.x)
@@ -669,7 +725,7 @@ class _Bounds:
             key = source.key if shifted and source.key is not None else source.node
             rows = source.rest if shifted and source.rest is not None else source.rows
             if key not in logs:
-                log, block = self._rest(forms, rows, logs, key)
+                log, block = self._rest(forms, rows, logs, key, shifted and source.entrywise)
                 logs[key] = log
                 blocks.append(block)
             stack, sums = identity(key), np.ones((1, *key.shape))
@@ -689,7 +745,9 @@ class _Bounds:
         ops.append(Op("", "output", math.nan, log))
         return (log, ops), [*blocks, block]
 
-    def _rest(self, forms: _Forms, rows: Rows, logs, key) -> tuple[float, Block]:
+    def _rest(
+        self, forms: _Forms, rows: Rows, logs, key, entrywise: bool = False
+    ) -> tuple[float, Block]:
         groups = [(row,) for row in rows.rows] if rows.added else [rows.rows]
         logs_of, maps = [], []
         for group in groups:
@@ -723,11 +781,17 @@ class _Bounds:
                 whole[:, at : at + width] = factor * m.matrix
                 columns[s] = whole, error + factor * m.error + 2 * UNIT * factor * float(
                     np.linalg.norm(m.matrix))  # fmt: skip
-        n = int(np.count_nonzero(_active(rows, key))) if key is not None else 0
-        return total, Block(key, columns, n)
+        active = _active(rows, key) if key is not None else np.zeros(0, bool)
+        n, entries = int(np.count_nonzero(active)), None
+        if (
+            key is not None
+            and entrywise
+            and all(a.shape == key.shape for row in rows.rows for a, _ in row.terms)
+        ):
+            entries = np.tile(np.where(active, np.cumsum(active) - 1, -1), len(groups))
+        return total, Block(key, columns, n, entries)
 
-    def ellipsoid(self, blocks, ops: list[Op]) -> tuple[float, list[Op]]:
-        upper, lengths = ellipsoid(self.graph.x, blocks, self.say)
+    def moved(self, upper: float, lengths, ops: list[Op]) -> tuple[float, list[Op]]:
         table = [op._replace(log_bound=_log(length))
                  for op, length in zip(ops, lengths, strict=False)]  # fmt: skip
         return _log(upper), table

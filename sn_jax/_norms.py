@@ -22,7 +22,9 @@ from jax import Array
 from jax.core import Tracer
 from jax.tree_util import register_dataclass
 from scipy.sparse.linalg import ArpackNoConvergence, LinearOperator, eigsh
+from tqdm import tqdm
 
+from sn_jax._banded import Banded, all_definite, banded
 from sn_jax._operator import Operator, check_linear
 from sn_jax._symbols import (
     UNIT,
@@ -47,6 +49,10 @@ _EXPLICIT = 4096
 _SMALL = 128
 # How many Lanczos vectors are kept between restarts.
 _VECTORS = 100
+# Below this size the matrix is formed; above it, if a banded factorization is not so much faster.
+_SIMPLE, _FASTER = 1024, 8
+# Operations that take less time than looking for another way.
+_CHEAP = 1e10
 _MOST_BYTES = 2**31
 _FAILURE = 1e-9
 
@@ -196,6 +202,8 @@ def norm_bounds(
     *,
     rtol: float = 1e-3,
     key: Array | None = None,
+    work: float = 1e13,
+    progress: bool = True,
 ) -> Bounds:
     r"""A bracket of the spectral norm that is proved, not estimated.
 
@@ -205,11 +213,13 @@ def norm_bounds(
     certified by a Cholesky factorization of ``c^2 I - A^T A`` in float64 that ran to its end,
     with everything that rounding can have hidden added (Rump 2006).
 
-    ``upper / lower - 1 <= rtol`` for every matrix, for every convolution that is circular (its
-    stride dividing the size), and for every convolution whose input or output has at most
-    4,096 numbers. For larger padded convolutions the upper end is the norm of the
-    convolution without borders (on a grid large enough not to wrap around, or on a coarser one
-    times ``1 / cos``), usually some 1 % to 3 % too large; a warning says so.
+    ``upper / lower - 1 <= rtol`` for every matrix, and for every convolution whose factorization
+    is within ``work``: those that are circular (their stride dividing the size) need little, and
+    those with borders about ``n b^2`` operations, with n the numbers on their smaller side and b
+    those in ``k - 1`` rows of an image, k the kernel's size: 1e11 for 5x5 taps on 12x12x64, 1.4e12
+    for 3x3 taps on 32x32x64. Beyond that the upper end is the norm of the convolution without
+    borders (on a grid large enough not to wrap around, or on a coarser one times ``1 / cos``),
+    usually some 1 % to 3 % too large; a warning says so.
 
     For ``Linear`` (and views of your own) the lower end is a Ritz value, and the upper end what
     a Lanczos iteration from a random start allows: it is too small with
@@ -222,13 +232,17 @@ def norm_bounds(
       rtol: wanted ``upper / lower - 1``, > 0. Rounding limits it to about 1e-12 for small
         matrices and 1e-8 at 4,096 rows.
       key: PRNG key; for ``Linear`` only, and needed there.
+      work: floating-point operations that one factorization of a convolution with borders may
+        take, >= 0; one core does some 1e10 to 5e10 a second.
+      progress: whether to show a bar on stderr where that takes more than two seconds.
 
     Returns:
       Bounds: float64 arrays of the view's batch shape.
 
     Raises:
-      ValueError: ``rtol`` not > 0; weights that are not finite; a map that is not linear; no key
-        for ``Linear``; a kernel that leaves no output; no view for other than two axes.
+      ValueError: ``rtol`` not > 0; ``work`` not >= 0; weights that are not finite; a map that is
+        not linear; no key for ``Linear``; a kernel that leaves no output; no view for other than
+        two axes.
       TypeError: ``w`` is traced, no array, or not floating point; ``view`` is no view.
 
     Example:
@@ -238,6 +252,8 @@ def norm_bounds(
       True
     """
     array, view, batch = _checked(w, view, rtol)
+    if not work >= 0:
+        raise ValueError(f"work must be >= 0 operations; got {work}.")
     array, view, slack = _without_factor(array, view)
     lower, upper = np.empty(batch), np.empty(batch)
     reason = "the rest is what rounding in float64 can hide"
@@ -256,7 +272,7 @@ def norm_bounds(
             if isinstance(single, Matrix):
                 ends = _certify([blocks_of([_as_matrix(kernel, single)])], rtol)
             else:
-                *ends, borders = _conv_bounds(kernel, single, rtol)
+                *ends, borders = _conv_bounds(kernel, single, rtol, work, progress)
                 reason = borders or reason
             # A subnormal product is not exact, so the bracket is widened by one unit.
             lowest, highest = (scale * end for end in ends)
@@ -506,7 +522,9 @@ def _quotient(y: np.ndarray, x: np.ndarray, norm: float, terms: int) -> float:
     return float(np.linalg.norm(y) / np.linalg.norm(x) * lengths - slack)
 
 
-def _conv_bounds(w: np.ndarray, view: Conv, rtol: float) -> tuple[float, float, str]:
+def _conv_bounds(
+    w: np.ndarray, view: Conv, rtol: float, work: float, progress: bool
+) -> tuple[float, float, str]:
     """(lower, upper, why no closer)."""
     kernel, lattices = grouped(w, view), lattices_of(view, w.shape)
     if all(lattice.exact for lattice in lattices):
@@ -516,30 +534,79 @@ def _conv_bounds(w: np.ndarray, view: Conv, rtol: float) -> tuple[float, float, 
     groups, c_in, c_out = kernel.shape[n:]
     n_in, n_out = math.prod(t.n_in for t in dimensions), math.prod(t.n_out for t in dimensions)
     copying = view.padding in ("CIRCULAR", "REFLECT")
-    most = 2 * _EXPLICIT if copying else _EXPLICIT  # larger where what follows is much worse
-    if groups * min(n_in * c_in, n_out * c_out) ** 3 <= most**3:
+    cubed = groups * min(n_in * c_in, n_out * c_out) ** 3
+    parts = banded(kernel, dimensions) if cubed > _SIMPLE**3 else None
+    if parts is None or (cubed <= _EXPLICIT**3 and _FASTER * parts.flops > cubed):
         error = 0.0
         if copying:
             # Taps that meet on one pixel are added, and the sum is rounded.
             sizes = map(frobenius, explicit(np.abs(kernel), dimensions))
             error = gamma(2 * math.prod(w.shape[:n])) * max(sizes)
-        parts = (blocks_of([matrix], error) for matrix in explicit(kernel, dimensions))
-        return *_certify(parts, rtol), ""
+        matrices = (blocks_of([matrix], error) for matrix in explicit(kernel, dimensions))
+        return *_certify(matrices, rtol), ""
 
-    stretch = math.prod(lattice.factor for lattice in lattices) * (1 + 8 * UNIT)
-    upper = stretch * _certify(symbols(kernel, lattices), rtol)[1]
+    if not parts.absolute:
+        return 0.0, 0.0, ""
     apply, adjoint, size = _operator(w, view)
     v, _ = _leading(apply, adjoint, size, max(rtol / 10, 1e-5))
-    # The map of absolute values is a sum over taps of shifts times matrices.
-    absolute = stretch * np.sum(np.sqrt(np.sum(kernel**2, (-1, -2))))
-    lower = max(0.0, _quotient(apply(v), v, absolute, w.size))
-    reason = (
-        f"with {n_in * c_in * groups} inputs and {n_out * c_out * groups} outputs its matrix is "
-        "too large to be formed, and the upper end is that of the convolution without borders"
-    )
-    if copying:
-        reason += ", times what copying pixels into them can add"
-    return lower, upper, reason + "; spectral_norm is an estimate"
+    lower = max(0.0, _quotient(apply(v), v, parts.absolute, w.size))
+    affordable = parts.flops <= work and parts.most_bytes <= _MOST_BYTES
+    upper = math.inf
+    if not affordable or parts.flops > _CHEAP:
+        stretch = math.prod(lattice.factor for lattice in lattices) * (1 + 8 * UNIT)
+        upper = stretch * _certify(symbols(kernel, lattices), rtol)[1]
+    if not affordable:
+        price = f"{parts.flops:.2g} operations, more than work={work:g}"
+        if parts.flops <= work:
+            price = f"{parts.most_bytes / 2**30:.2g} GiB, more than {_MOST_BYTES / 2**30:g}"
+        reason = (
+            f"with {n_in * c_in * groups} inputs and {n_out * c_out * groups} outputs a proof "
+            f"takes {price}, and the upper end is that of the convolution without borders"
+        )
+        if copying:
+            reason += ", times what copying pixels into them can add"
+        return lower, upper, reason + "; spectral_norm is an estimate"
+    if upper > lower * (1 + rtol):
+        lower, proved = _banded_bounds(parts, lower, rtol, (apply, adjoint, size), progress)
+        upper = min(upper, proved)
+    return lower, upper, ""
+
+
+def _banded_bounds(
+    parts: Banded, lower: float, rtol: float, operator, progress: bool
+) -> tuple[float, float]:
+    """The bracket by thresholds just above the lower end, the first of which nearly always holds.
+
+    A threshold that is refused asks for a better vector first, since Lanczos can stop at another
+    singular value, and then grows.
+    """
+    apply, adjoint, size = operator
+    seed, wide = 0, 0.5 * rtol
+    while True:
+        # Closer than rounding allows is refused for nothing.
+        least = lower**2 + 4 * parts.rounding
+        shift = max((lower * (1 + wide)) ** 2, least) * (1 + 4 * parts.slack)
+        with tqdm(
+            total=parts.flops,
+            unit="FLOP",
+            unit_scale=True,
+            desc="norm_bounds",
+            delay=2,
+            leave=False,
+            disable=not progress,
+        ) as bar:
+            if all_definite(parts, shift, bar.update):
+                squared = shift * (1 + parts.slack) + parts.rounding
+                return lower, math.sqrt(squared) * (1 + 8 * UNIT)
+        seed += 1
+        if seed <= 2:
+            start = np.random.default_rng(seed).standard_normal(size)
+            with contextlib.suppress(ValueError):
+                v, _ = _leading(apply, adjoint, size, max(rtol / 1000, 1e-13), start)
+                lower = max(lower, _quotient(apply(v), v, parts.absolute, parts.kernels.size))
+            wide = 0.9 * rtol
+        else:
+            wide = 4 * max(wide, parts.slack)
 
 
 # Any linear map.

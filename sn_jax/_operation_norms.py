@@ -17,6 +17,8 @@ from sn_jax._views import Conv, Matrix
 MOST_ENTRIES, MOST_ROWS = 2**25, 4096
 # Below this side accuracy costs nothing.
 _SMALL = 256
+# Operations for the norm of one convolution with borders: about a second.
+_WORK = 3e10
 
 
 def norm(matrix: np.ndarray, rtol: float, error: float = 0.0, view=None) -> float:
@@ -33,7 +35,8 @@ def norm(matrix: np.ndarray, rtol: float, error: float = 0.0, view=None) -> floa
         view, rtol = Matrix(), min(rtol, 1e-10) if min(matrix.shape[-2:]) <= _SMALL else rtol
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of brackets wider than rtol: the upper end holds
-        upper = np.max(norm_bounds(matrix, view, rtol=rtol).upper)  # type: ignore
+        bounds = norm_bounds(matrix, view, rtol=rtol, work=_WORK, progress=False)
+        upper = np.max(bounds.upper)  # type: ignore
     return float(np.nextafter(upper + error, math.inf))
 
 

@@ -24,6 +24,8 @@ _GAP = 1e-8
 _BATCH = 256
 _MOST_BOXES = 20_000
 _MOST_ROUNDS = 200
+# Into how many pieces an interval is cut where there are many of them.
+_PIECES = 8
 
 
 class Slopes(NamedTuple):
@@ -79,14 +81,67 @@ def slopes(
         eps = float(np.finfo(dtype).eps)
     except (TypeError, ValueError):
         eps = 2.0**-7  # bfloat16, which NumPy does not know
+    # Infinite ends and what they meet are part of the arithmetic.
+    with np.errstate(all="ignore"):
+        return _slopes(_reduced(nodes), low, high, eps)
+
+
+class LocalSlopes(NamedTuple):
+    """Of one function on many intervals, arrays (n,).
+
+    Attributes:
+      low, high: its difference quotients lie between.
+      centre_low, centre_high: its value in the middle.
+    """
+
+    low: np.ndarray
+    high: np.ndarray
+    centre_low: np.ndarray
+    centre_high: np.ndarray
+
+
+def slopes_on(nodes: Sequence[Node], intervals: np.ndarray, dtype: Any = "float32") -> LocalSlopes:
+    """The slopes on each of some finite intervals (2, n), in a few pieces each.
+
+    Args:
+      nodes, dtype: as in ``slopes``, which is asked of all intervals together first: for jumps.
+      intervals: (2, n).
+    Returns:
+      ``LocalSlopes``: never wider than those of all intervals together.
+    Raises:
+      Jump, Unknown: as in ``slopes``, of the interval that spans all.
+    Example:
+      >>> square = [Node("var"), Node("mul", (Ref(0), Ref(0)))]
+      >>> found = slopes_on(square, np.array([[1.0, -1.0], [2.0, 0.0]]))
+      >>> print(found.low.round(6), found.high.round(6))
+      [ 2. -2.] [4. 0.]
+    """
+    whole = slopes(nodes, (float(intervals[0].min()), float(intervals[1].max())), dtype)
+    program, n = _reduced(nodes), intervals.shape[1]
+    # Ends of pieces meet exactly, and the outermost are those of the interval.
+    parts = np.linspace(0.0, 1.0, _PIECES + 1)[:, None]
+    edges = intervals[0] + parts * (intervals[1] - intervals[0])
+    edges = np.clip(edges, intervals[0], intervals[1])
+    edges[0], edges[-1] = intervals
+    boxes = np.stack([edges[:-1], edges[1:]]).reshape(2, -1)
+    with np.errstate(all="ignore"):
+        found = _examined(program, boxes)[0]
+        unsure = found.unsure | np.isnan(found.first).any(0)
+        low = np.where(unsure, whole.low, np.maximum(found.first[0], whole.low))
+        high = np.where(unsure, whole.high, np.minimum(found.first[1], whole.high))
+        middle = intervals.mean(0)
+        value = Evaluation(np.stack([middle, middle])).run(program)[-1].value
+    low, high = low.reshape(_PIECES, n).min(0), high.reshape(_PIECES, n).max(0)
+    return LocalSlopes(low, high, *np.array(_full(value, n)))
+
+
+def _reduced(nodes: Sequence[Node]) -> tuple:
     program = Program(RULES)
     done: list[Any] = []
     for node in nodes:
         args = [done[a] if isinstance(a, Ref) else scalar(a) for a in node.args]
         done.append(program.add(node.op, args, node.params))
-    # Infinite ends and what they meet are part of the arithmetic.
-    with np.errstate(all="ignore"):
-        return _slopes(program.reduced(done[-1]), low, high, eps)
+    return program.reduced(done[-1])
 
 
 @lru_cache(maxsize=4096)

@@ -10,11 +10,14 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
-from sn_jax._pieces import ELEMENTWISE, Operation, apply, is_indexing, is_linear, roots
+from sn_jax._balls import Ball, Balls
+from sn_jax._pieces import ELEMENTWISE, Constant, Operation, apply, is_indexing, is_linear, roots
 from sn_jax._scalar import Node, Ref, Unknown
-from sn_jax._slopes import Jump, slopes
+from sn_jax._slopes import Jump, slopes, slopes_on
+from sn_jax._symbols import on_host
 
 Interval = tuple[float, float]
 _EVERYTHING = (-math.inf, math.inf)
@@ -23,6 +26,10 @@ _MOST_FUNCTIONS = 256
 # Operations that are taken for one function together.
 _MOST_TOGETHER = 40
 _MARGIN = 1 + 2.0**-40
+# Entries of a softmax whose Jacobian is formed.
+_MOST_SOFTMAX = 1024
+# Arguments of it that are less certain say nothing.
+_WIDEST = 300.0
 
 
 class Row(NamedTuple):
@@ -54,6 +61,7 @@ class Source(NamedTuple):
       rest: of what is left, likewise.
       key: the operation that the rest belongs to; others share it up to its ``sign``.
       reason: why a constant is infinite.
+      entrywise: whether every entry of the rest moves by at most its own entries of the rows.
     """
 
     node: Operation
@@ -65,6 +73,7 @@ class Source(NamedTuple):
     key: Operation | None = None
     sign: float = 1.0
     reason: str = ""
+    entrywise: bool = False
 
 
 # Rules of other primitives: (shapes and constants of its arguments, parameters) -> constant.
@@ -122,10 +131,16 @@ class Sources:
     Args:
       outputs: of the graph.
       loop: what gives the constants of a loop, one for each of its arguments.
+      balls: what values are possible, where x stays in a ball.
     """
 
-    def __init__(self, outputs: Sequence[Operation], loop: Callable[[Operation], Sequence[float]]):
-        self._loop = loop
+    def __init__(
+        self,
+        outputs: Sequence[Operation],
+        loop: Callable[[Operation], Sequence[float]],
+        balls: Balls | None = None,
+    ):
+        self._loop, self.balls = loop, balls
         live, todo = set(), list(outputs)
         while todo:
             a = todo.pop()
@@ -157,11 +172,32 @@ class Sources:
                 self._elementwise(a, *self._regions[a])
             elif is_linear(a):
                 self.ranges[a] = self._linear_range(a)
+                if balls:
+                    balls.linear(a)
             else:
                 self.sources[a], self.ranges[a] = self._joint(a)
+            ball = balls and balls.get(a)
+            if ball and balls and a.size:
+                balls.clip(a, *self.ranges[a])
+                self.ranges[a] = (max(self.ranges[a][0], float(ball.low.min())),
+                                  min(self.ranges[a][1], float(ball.high.max())))  # fmt: skip
 
     def _elementwise(self, node: Operation, root: Operation, ops: list[Operation]) -> None:
-        lows, highs, values = _slopes_of(node, root, ops, self.ranges[root])
+        ball = self.balls and self.balls.get(root)
+        if ball and self.balls:
+            lows, highs, values, centre = _slopes_of(
+                node, root, ops, self.ranges[root], (ball.low, ball.high)
+            )
+            if centre is not None and np.all(np.isfinite(lows)) and np.all(np.isfinite(highs)):
+                middle, steepest = lows / 2 + highs / 2, np.maximum(np.abs(lows), np.abs(highs))
+                off = np.maximum(highs - middle, middle - lows) * ball.half * _MARGIN
+                # The middle itself is rounded.
+                off = off + (centre[1] - centre[0]) + 2.0**-48 * np.abs(ball.centre) * steepest
+                mid = centre[0] / 2 + centre[1] / 2 + middle * (ball.mid - ball.centre)
+                off = off + 2.0**-48 * np.abs(middle) * (np.abs(ball.mid) + np.abs(ball.centre))
+                self.balls.combined(node, mid, [(root, middle)], off)
+        else:
+            lows, highs, values, _ = _slopes_of(node, root, ops, self.ranges[root])
         self.ranges[node] = values
         steepest = np.maximum(np.abs(lows), np.abs(highs))
         finite = bool(np.all(np.isfinite(steepest)))
@@ -180,7 +216,7 @@ class Sources:
             linear, rest = Row(((root, middle),)), Rows((Row(((root, radius),)),))
         what += f" [{low:.6g}, {high:.6g}]"
         rows = Rows((Row(((root, steepest),)),))
-        self.sources[node] = Source(node, what, steep, rows, linear, rest, node, 1.0, reason)
+        self.sources[node] = Source(node, what, steep, rows, linear, rest, node, 1.0, reason, True)
 
     def _joint(self, node: Operation) -> tuple[Source, Interval]:
         if node.op in RULES:
@@ -197,13 +233,16 @@ class Sources:
             gap = node.params["gap"]
             rows = Rows((Row(((a, 1.0),)), Row(((b, 1.0),))))
             linear, rest = Row(((a, 0.5), (b, 0.5))), Rows((Row(((a, 0.5), (b, -0.5))),))
+            balls = self._balls_of(a, b)
+            if balls:
+                linear, rest = self._decided(node, *balls)
             what, sign = ("max", 1.0) if node.op == "larger" else ("min", -1.0)
             ends = [getattr(np, f"{what}imum")(*e) for e in zip(self.ranges[a], self.ranges[b],
                                                                  strict=True)]  # fmt: skip
-            source = Source(node, what, 1.0, rows, linear, rest, gap, sign)
+            source = Source(node, what, 1.0, rows, linear, rest, gap, sign, entrywise=True)
             return source, (float(ends[0]), float(ends[1]))
         if node.op in ("mul", "div", "dot_general") and len(node.operands) == 2:
-            return self._product(node)
+            return self._local_product(node) or self._product(node)
         constant = _constant_of(node)
         if constant is None:
             raise ValueError(_cannot(node))
@@ -217,7 +256,166 @@ class Sources:
         if values is None:
             values = self.ranges[a]
         rows = Rows((Row(((a, lipschitz),)),))
+        if node.op in _RISING:
+            self._monotone(node, a)
+        if node.op == "softmax" and (found := self._local_softmax(node, a)) is not None:
+            linear, rest = found
         return Source(node, what, lipschitz, rows, linear, rest, node, 1.0, reason), values
+
+    # Where x stays in a ball: linear in the middle of it, and a rest that vanishes with it.
+
+    def _monotone(self, node: Operation, a: Operation) -> None:
+        """The ball of what only rises with each of its arguments, from their ends."""
+        if self.balls and (ball := self.balls.get(a)) and node.size:
+            low, high = (
+                np.asarray(_rising(node, end), np.float64) for end in (ball.low, ball.high)
+            )
+            slack = 2.0**-40 * (np.abs(low) + np.abs(high))
+            self.balls.put(node, low / 2 + high / 2, None, (high - low) / 2 + slack)
+
+    def _balls_of(self, *operands: Operation) -> list[Ball] | None:
+        found = [ball for a in operands if self.balls and (ball := self.balls.get(a))]
+        return found if len(found) == len(operands) else None
+
+    def _decided(self, node: Operation, p: Ball, q: Ball) -> tuple[Row, Rows]:
+        """The larger or smaller of two, which is one of them where their ranges are apart."""
+        assert self.balls is not None
+        a, b = node.operands
+        side = 1.0 if node.op == "larger" else -1.0
+        above, below = p.low >= q.high, p.high <= q.low
+        open_ = ~(above | below)
+        first = np.where(open_, 0.5, np.where(above == (side > 0), 1.0, 0.0))
+        linear = Row(((a, first), (b, 1.0 - first)))
+        half = np.where(open_, 0.5, 0.0)
+        off = side * half * np.abs(p.mid - q.mid)
+        self.balls.combined(
+            node, first * p.mid + (1 - first) * q.mid + off, linear.terms,
+            half * (p.wide + q.wide) * _MARGIN,
+        )  # fmt: skip
+        return linear, Rows((Row(((a, half), (b, -half))),))
+
+    def _local_product(self, node: Operation) -> tuple[Source, Interval] | None:
+        a, b = node.operands
+        balls = self._balls_of(a, b)
+        if balls is None:
+            return None
+        p, q = balls
+        pm, qm = p.centre, q.centre
+        if node.op == "mul":
+            slopes = [(qm, q.half), (pm, p.half)]
+            mid, off = pm * qm, p.half * q.half
+        elif node.op == "div":
+            least = np.maximum(q.low, -q.high)
+            if not np.all(least > 0):
+                return None
+            mid = pm / qm
+            # Of 1 / b and -a / b^2, over all values.
+            first = np.sort([1 / q.low, 1 / q.high], 0)
+            most = np.abs(pm) + p.half
+            second = -pm / qm**2, p.half / least**2 + 2 * most * q.half / least**3
+            slopes = [(first.mean(0), first[1] - first[0]), second]
+            off = slopes[0][1] * p.half + slopes[1][1] * q.half
+        else:
+            return self._local_contraction(node, p, q)
+        slopes = [(m, w * _MARGIN + 2.0**-40 * np.abs(m)) for m, w in slopes]
+        linear = Row(tuple((c, m) for c, (m, _) in zip((a, b), slopes, strict=True)))
+        rest = Rows(tuple(Row(((c, w),)) for c, (_, w) in zip((a, b), slopes, strict=True)), True)
+        steep = [np.abs(m) + w for m, w in slopes]
+        rows = Rows(tuple(Row(((c, s),)) for c, s in zip((a, b), steep, strict=True)), True)
+        assert self.balls is not None
+        shifts = [m * (ball.mid - ball.centre) for (m, _), ball in zip(slopes, balls, strict=True)]
+        sizes = [np.abs(m) * (np.abs(ball.mid) + np.abs(ball.centre))
+                 for (m, _), ball in zip(slopes, balls, strict=True)]  # fmt: skip
+        off = off * _MARGIN + 2.0**-40 * np.abs(mid) + 2.0**-48 * sum(sizes)
+        self.balls.combined(node, mid + sum(shifts), linear.terms, off)
+        factor = max(float(np.max(s, initial=0.0)) for s in steep)
+        return Source(node, f"{node.op} of two", factor, rows, linear, rest, node,
+                      entrywise=True), _EVERYTHING  # fmt: skip
+
+    def _local_contraction(self, node: Operation, p: Ball, q: Ball) -> tuple[Source, Interval]:
+        assert self.balls is not None
+        a, b = node.operands
+        batch = node.params["dimension_numbers"][1]
+
+        def size(x: np.ndarray, axes) -> float:
+            """At least |A|_F of one matrix of each batch."""
+            others = tuple(i for i in range(x.ndim) if i not in axes)
+            return float(np.sqrt(np.max(np.sum(x**2, others), initial=0.0))) * _MARGIN
+
+        def half(args) -> Operation:
+            return Operation("dot_general", args, node.params, node.shape, node.dtype, node.where)
+
+        left, right = half((a, Constant(q.centre))), half((Constant(p.centre), b))
+        linear = Row(((left, 1.0), (right, 1.0)))
+        wide = size(q.half, batch[1]), size(p.half, batch[0])
+        steep = [size(np.abs(m.centre) + m.half, axes)
+                 for m, axes in ((q, batch[1]), (p, batch[0]))]  # fmt: skip
+        rest = Rows((Row(((a, wide[0]),)), Row(((b, wide[1]),))), True)
+        rows = Rows((Row(((a, steep[0]),)), Row(((b, steep[1]),))), True)
+        for part in (left, right):
+            self.balls.linear(part)
+        halves = self._balls_of(left, right)
+        if halves:
+            # a b = a b' + a' b - a' b' + (a - a') (b - b').
+            moved = apply(half((a, Constant(q.half))), {a: p.half[None]}, absolute=True)[0]
+            both = apply(left, {a: p.centre[None]})[0]
+            size_of = apply(left, {a: np.abs(p.centre)[None]}, absolute=True)[0]
+            mid = halves[0].mid + halves[1].mid - both
+            self.balls.combined(node, mid, linear.terms, moved * _MARGIN + 2.0**-36 * size_of)
+        return Source(node, "dot_general of two", max(steep), rows, linear, rest,
+                      node), _EVERYTHING  # fmt: skip
+
+    def _local_softmax(self, node: Operation, a: Operation) -> tuple[Row, Rows] | None:
+        balls = self._balls_of(a)
+        groups = node.params["groups"].array.ravel().astype(int)
+        n = a.size
+        if balls is None or node.size != n or n > _MOST_SOFTMAX or groups.min(initial=0) < 0:
+            return None
+        assert self.balls is not None
+        (ball,) = balls
+        z, wide = ball.centre.ravel(), ball.half.ravel()
+        if wide.max(initial=0.0) > _WIDEST:
+            return None
+        k = int(groups.max()) + 1
+        top = np.full(k, -math.inf)
+        np.maximum.at(top, groups, z)
+        weights = np.exp(z - top[groups])
+        p = weights / np.bincount(groups, weights, k)[groups]
+        with np.errstate(over="ignore"):
+            # By how much the logarithm of the sum moves, and with it every probability; all others
+            # together move one by as much as themselves.
+            moves = np.log(np.bincount(groups, p * np.exp(wide), k))[groups]
+            off = np.minimum(p * np.expm1(wide + moves), 1.0) * _MARGIN + 2.0**-45 * p
+        off = np.minimum(off, (np.bincount(groups, off, k)[groups] - off) * _MARGIN + 2.0**-42)
+        same = groups[:, None] == groups
+        jacobian = np.diag(p) - np.where(same, np.outer(p, p), 0.0)
+        change = np.where(same, np.outer(p, off) + np.outer(off, p) + np.outer(off, off), 0.0)
+        np.fill_diagonal(change, off * np.abs(1 - 2 * p) + off**2)
+        # Symmetric matrices: none is longer than its largest row of absolute values.
+        most = np.zeros(k)
+        np.maximum.at(most, groups, change.sum(1))
+        radius = (most[groups] * _MARGIN + 2.0**-45 * np.abs(jacobian).max()).reshape(node.shape)
+
+        def operation(op, args, params, shape) -> Operation:
+            return Operation(op, args, params, shape, node.dtype, node.where)
+
+        flat = operation("reshape", (a,), {"new_sizes": (n,), "dimensions": None}, (n,))
+        numbers = {"dimension_numbers": (((0,), (0,)), ((), ()))}
+        turned = operation("dot_general", (flat, Constant(jacobian)), numbers, (n,))
+        back = operation("reshape", (turned,), {"new_sizes": node.shape, "dimensions": None},
+                         node.shape)  # fmt: skip
+        for part in (flat, turned, back):
+            self.balls.linear(part)
+        linear = self.balls.get(back)
+        if linear is not None:
+            moved = np.sqrt(np.bincount(groups, wide**2, k))[groups].reshape(node.shape)
+            mid = p + (ball.mid.ravel() - z) @ jacobian
+            rounding = 2.0**-40 * (p + np.abs(ball.mid.ravel() - z) @ np.abs(jacobian))
+            self.balls.combined(node, mid.reshape(node.shape), [(back, 1.0)],
+                                radius * moved + rounding.reshape(node.shape))  # fmt: skip
+        if np.max(radius) >= 0.25:
+            return None
+        return Row(((back, 1.0),)), Rows((Row(((a, radius),)),))
 
     def _product(self, node: Operation) -> tuple[Source, Interval]:
         a, b = node.operands
@@ -258,8 +456,9 @@ class Sources:
                 f"{_range(rb)}"
             )
         return Source(
-            node, f"{node.op} of two", steep, rows, linear, rest, node, 1.0, reason
-        ), values
+            node, f"{node.op} of two", steep, rows, linear, rest, node, 1.0, reason,
+            rest is not None,
+        ), values  # fmt: skip
 
     def _registered(self, node: Operation) -> Source:
         args = [jax.ShapeDtypeStruct(a.shape, a.dtype) if isinstance(a, Operation) else a.value
@@ -320,6 +519,21 @@ class Sources:
         return _symmetric(float(sums) * most * _MARGIN)
 
 
+def _rising(node: Operation, x: np.ndarray) -> Any:
+    with on_host():
+        if node.op == "logsumexp":
+            return jax.nn.logsumexp(jnp.asarray(x), node.params["axes"]).reshape(node.shape)
+        assert node.primitive is not None
+        y = node.primitive.bind(jnp.asarray(x), **node.params)
+        return y[node.out] if node.primitive.multiple_results else y
+
+
+_RISING = {
+    "reduce_max", "reduce_min", "sort", "top_k", "cummax", "cummin", "reduce_window_max",
+    "reduce_window_min", "logsumexp",
+}  # fmt: skip
+
+
 def _times(a: float, b: float) -> float:
     return 0.0 if a == 0 or b == 0 else a * b
 
@@ -350,8 +564,9 @@ _JUMPS = {
 }  # fmt: skip
 
 
-def _slopes_of(node, root, ops, domain) -> tuple[np.ndarray, np.ndarray, Interval]:
-    """(least slopes, largest slopes, values) of an elementwise function, in each place."""
+def _slopes_of(node, root, ops, domain, ends=None):
+    """(least slopes, largest slopes, values, values in the middle or None) of an elementwise
+    function, in each place; on intervals of their own where ``ends`` are given."""
     constants = list(dict.fromkeys(c for a in ops for c in a.args if not isinstance(c, Operation)))
     varied = [c for c in constants if c.uniform() is None]
     places: Any = np.zeros(root.shape, int)
@@ -362,10 +577,10 @@ def _slopes_of(node, root, ops, domain) -> tuple[np.ndarray, np.ndarray, Interva
         places = places.reshape(root.shape)
     if len(choices) > _MOST_FUNCTIONS:
         everything = np.full(root.shape, math.inf)
-        return -everything, everything, _EVERYTHING
+        return -everything, everything, _EVERYTHING, None
     number = {a: i + 1 for i, a in enumerate(ops)} | {root: 0}
-    found = []
-    for choice in choices:
+    found, local = [], np.zeros((4, *root.shape)) if ends is not None else None
+    for number_of_choice, choice in enumerate(choices):
         values = {c: c.uniform() for c in constants} | dict(
             zip(varied, map(float, choice), strict=True)
         )
@@ -384,6 +599,11 @@ def _slopes_of(node, root, ops, domain) -> tuple[np.ndarray, np.ndarray, Interva
             nodes.append(Node(a.op, args, params))
         try:
             found.append(slopes(nodes, domain, str(root.dtype)))
+            if local is not None and ends is not None:
+                here = np.broadcast_to(places == number_of_choice, root.shape)
+                intervals = np.stack([end[here] for end in ends])
+                if intervals.size:
+                    local[:, here] = slopes_on(nodes, intervals, str(root.dtype))
         except Jump as error:
             raise ValueError(
                 f"{node.where}: {' '.join(a.op for a in ops)} of x jumps, so there is no Lipschitz "
@@ -392,8 +612,11 @@ def _slopes_of(node, root, ops, domain) -> tuple[np.ndarray, np.ndarray, Interva
         except Unknown as error:
             at = next((a for a in ops if a.op == error.op), node)
             raise ValueError(_cannot(at)) from error
+    values = min(s.value_low for s in found), max(s.value_high for s in found)
+    if local is not None:
+        return local[0], local[1], values, local[2:]
     lows, highs = (np.array([getattr(s, name) for s in found])[places] for name in ("low", "high"))
-    return lows, highs, (min(s.value_low for s in found), max(s.value_high for s in found))
+    return lows, highs, values, None
 
 
 def _constant_of(node: Operation) -> tuple[float, bool, Interval | None, str] | None:

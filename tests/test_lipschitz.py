@@ -191,6 +191,7 @@ def test_residual_in_every_domain():
     assert found["product"] == pytest.approx(5.372862, rel=1e-6)
     assert found["shift"] == pytest.approx(4.198350, rel=1e-6)
     assert 3.858103905 <= found["ellipsoid"] <= 3.888366 * 1.001
+    assert 3.858103905 <= found["tight"] <= 3.858103905 * (1 + 1e-6)
 
 
 # Pitfalls, by number.
@@ -433,6 +434,8 @@ def test_arguments_are_checked():
         sn_jax.lipschitz_bound(jnp.sin, X, method="best")
     with pytest.raises(ValueError, match="rtol"):
         sn_jax.lipschitz_bound(jnp.sin, X, rtol=0)
+    with pytest.raises(ValueError, match="steps"):
+        sn_jax.lipschitz_bound(jnp.sin, X, steps=0)
     with pytest.raises(TypeError, match="one array"):
         sn_jax.lipschitz_bound(lambda x: x[0], (X, X))
     with pytest.raises(TypeError, match="floating"):
@@ -473,6 +476,76 @@ def test_never_below_the_truth(seed):
     found = bounds(fn, np.zeros(3))
     assert exact <= every <= found["ellipsoid"] <= found["product"] * (1 + 1e-3)
     assert every <= min(found.values())
+
+
+def every_slope(last, first, skip=0.0) -> float:
+    """The largest norm of ``skip + last D first`` over all D of zeros and ones."""
+    patterns = np.array([*itertools.product((0.0, 1.0), repeat=len(first))])
+    jacobians = skip + last @ (patterns[:, :, None] * first)
+    return float(np.linalg.norm(jacobians, 2, (-2, -1)).max())
+
+
+def ratios(nets) -> np.ndarray:
+    """The tight bound of ``(fn, shape, exact constant)``, never below."""
+    found = np.array([[upper(fn, np.zeros(shape), "tight"), exact] for fn, shape, exact in nets])
+    assert np.all(found[:, 0] >= found[:, 1])
+    return found[:, 0] / found[:, 1]
+
+
+@pytest.mark.parametrize("residual", [0, 1])
+def test_tight_in_dense_networks(residual):
+    """Mean ratios to the exact constants: 1.0019 and 1.0032; the ellipsoid has 1.19."""
+    nets = []
+    for seed in range(20):
+        rng = np.random.default_rng(seed)
+        w1, w2 = rng.standard_normal((7, 3)), rng.standard_normal((3, 7))
+        fn = lambda x, w1=w1, w2=w2: residual * x + w2 @ relu(w1 @ x)  # noqa: E731
+        nets.append((fn, 3, every_slope(w2, w1, residual * np.eye(3))))
+    found = ratios(nets)
+    assert found.mean() <= 1.01
+    assert found.min() <= 1 + 1e-6  # there it is exact
+
+
+def test_tight_in_convolutional_networks():
+    """Mean ratio to the exact constants: 1.014; the ellipsoid has 1.07."""
+
+    def conv(x, k):
+        return lax.conv_general_dilated(
+            x[None], k, (1,), "SAME", dimension_numbers=("NWC", "WIO", "NWC")
+        )[0]
+
+    nets = []
+    for seed in range(6):
+        rng = np.random.default_rng(seed)
+        k1, k2 = rng.standard_normal((3, 1, 2)), rng.standard_normal((3, 2, 1))
+        fn = lambda x, k1=k1, k2=k2: conv(relu(conv(x, k1)), k2)  # noqa: E731
+        first, last = (
+            np.asarray(jax.jacobian(lambda x, k=k: conv(x, k).ravel())(np.zeros(shape)))
+            for k, shape in ((k1, (5, 1)), (k2, (5, 2)))
+        )
+        exact = every_slope(last.reshape(5, 10), first.reshape(10, 5))
+        nets.append((fn, (5, 1), exact))
+    assert ratios(nets).mean() <= 1.05
+
+
+def test_tight_on_joint_and_dead_sources():
+    """Sorted, gated, and entries that nothing moves, in one; any steps leave a bound."""
+    dead = jnp.array([1.0, 0, 1, 0])
+
+    def fn(x):
+        y = jnp.tanh(B @ relu(A @ (x * dead)) * dead)
+        y = jnp.tanh(jnp.maximum(A @ y, B @ x)) * jax.nn.sigmoid(A.T @ x * dead)
+        return jnp.sort(y) + 0 * jnp.tanh(x) + jax.nn.softmax(B @ y)
+
+    rng = np.random.default_rng(0)
+    lower = max(stretch(fn, 2 * rng.standard_normal(4)) for _ in range(50))
+    found = [
+        dict(sn_jax.lipschitz_bound(fn, X, method="tight", steps=n, progress=False).bounds)
+        for n in (1, 3, 50)
+    ]
+    assert lower <= found[2]["tight"] < found[1]["tight"] <= found[0]["tight"]
+    assert found[2]["tight"] < 0.95 * found[2]["ellipsoid"]
+    assert found[0]["tight"] <= found[0]["ellipsoid"]
 
 
 # Random programs.

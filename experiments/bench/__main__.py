@@ -30,7 +30,7 @@ from experiments.cli import UserError, aligned, commit, parse, versions, write_t
 
 Suite = Literal[
     "transform", "step", "compile", "tracking", "memory", "conv", "scaling", "norms", "caps",
-    "lipschitz",     "comm", "gan",
+    "lipschitz", "comm", "gan",
 ]  # fmt: skip
 SUITES = {
     "transform": transform.rows,

@@ -24,7 +24,7 @@ from experiments.gan.loop import read_rows
 from experiments.gan.networks import ARCHITECTURES
 
 ROWS = "nets.jsonl"
-METHODS = ("product", "merged", "joint", "shift", "ellipsoid")
+METHODS = ("product", "merged", "joint", "shift", "ellipsoid", "tight")
 dense = partial(nn.Dense, kernel_init=nn.initializers.variance_scaling(1, "fan_in", "normal"))
 conv = partial(nn.Conv, kernel_init=nn.initializers.variance_scaling(1, "fan_in", "normal"))
 
