@@ -166,6 +166,7 @@ TABLE = {
         lambda: sn_jax.norm_bounds(ones(10**6), Linear(jnp.multiply, 10**6), rtol=1e-9, key=KEY),
         ["rtol=1e-09", "GiB", "larger rtol"],
     ),
+    "less than no work": (lambda: sn_jax.norm_bounds(ones(2, 2), work=-1), ["work", ">= 0", "-1"]),
     # views
     "axes by name": (lambda: Matrix("in", 1), ["in_axes=('i', 'n')", "integers"]),
     "an axis twice": (lambda: Matrix((0, 0), 1), ["(0, 0)", "once"]),
@@ -407,6 +408,19 @@ TABLE = {
         lambda: sn_jax.local_lipschitz(lambda x: jnp.argmax(x), ones(3)),
         ["fn", "floating", "int32"],
     ),
+    "a margin between one output and none": (
+        lambda: sn_jax.margin_bounds(jnp.sum, ones(3)),
+        ["margins", "1 outputs", "two"],
+    ),
+    "one logit": (lambda: sn_jax.certified_radius(ones(1), 1.0), ["k >= 2", "(1,)"]),
+    "a negative error": (
+        lambda: sn_jax.certified_radius(ones(2), 1.0, error=-1.0),
+        ["error", ">= 0", "-1.0"],
+    ),
+    "constants of other logits": (
+        lambda: sn_jax.certified_radius(ones(2), np.ones((3, 3))),
+        ["pair of the 2 logits", "margin_bounds", "(3, 3)"],
+    ),
     # check_view
     "a matrix too large to write out": (
         lambda: sn_jax.testing.check_view(Matrix(), (5000, 5000)),
@@ -459,7 +473,7 @@ ELSEWHERE = {
 # Not reached by any call that was found.
 UNREACHED = ("Lanczos iteration did not converge", "has no state for")
 ROOMS = (
-    "_attack", "_bounds", "_caps", "_core", "_norms", "_power", "_rules", "_spectra", "_views",
+    "_attack", "_bounds", "_caps", "_core", "_margins", "_norms", "_power", "_rules", "_spectra", "_views",
     "linen", "nnx", "transforms",
 )  # fmt: skip
 
