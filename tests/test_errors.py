@@ -473,8 +473,8 @@ ELSEWHERE = {
 # Not reached by any call that was found.
 UNREACHED = ("Lanczos iteration did not converge", "has no state for")
 ROOMS = (
-    "_attack", "_bounds", "_caps", "_core", "_margins", "_norms", "_power", "_rules", "_spectra", "_views",
-    "linen", "nnx", "transforms",
+    "_attack", "_bounds", "_caps", "_core", "_margins", "_norms", "_power", "_rules", "_spectra",
+    "_views", "linen", "nnx", "transforms",
 )  # fmt: skip
 
 
