@@ -1,6 +1,7 @@
-"""What the experiments' command lines share: options, one-line errors, provenance, files."""
+"""What the experiments' commands share: options, exit codes, one-line errors, provenance, files."""
 
 import contextlib
+import datetime
 import importlib.metadata
 import io
 import os
@@ -8,9 +9,11 @@ import platform
 import re
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
+
+import jax
 
 import sn_jax
 
@@ -47,21 +50,45 @@ def parse(config: type[T], prog: str, args: list[str], default: T | None = None)
         raise UserError(f"{message} (see --help)") from None
 
 
-def run_in_folder(
-    config: type[T], prog: str, args: list[str] | None, run: Callable[[T], int], interrupted: str
+def command(
+    read: type[T] | Callable[[list[str]], T],
+    prog: str,
+    args: list[str] | None,
+    run: Callable[[T], int | None],
+    *,
+    interrupted: str = "nothing was written.",
 ) -> int:
-    """A command with an output folder, ``config.out``, which is made first.
+    """A whole command, from its options to its exit code.
 
     Args:
-      config, prog, args: for ``parse``; ``args`` are the process's own if None.
-      run: from the options to the exit code.
-      interrupted: what Ctrl-C leaves behind, for the user.
+      read: the dataclass of the options, for ``parse``, or what makes them of ``args``.
+      prog: how the command is called.
+      args: the process's own if None.
+      run: from the options to the exit code; 0 if it returns none.
+      interrupted: what Ctrl-C leaves behind, unless the interrupt itself says it.
 
     Returns:
       The exit code: that of ``run``; 2 for what the user can put right; 130 after Ctrl-C.
     """
+    args = sys.argv[1:] if args is None else args
     try:
-        options = parse(config, prog, sys.argv[1:] if args is None else args)
+        return run(parse(read, prog, args) if isinstance(read, type) else read(args)) or 0
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt as interrupt:
+        print(f"Interrupted: {str(interrupt) or interrupted}", file=sys.stderr)
+        return 130
+
+
+def in_folder(run: Callable[[T], int]) -> Callable[[T], int]:
+    """What runs in the output folder that its options name, ``out``: it is made first.
+
+    Raises:
+      UserError: (when called) it cannot be written.
+    """
+
+    def made(options: T) -> int:
         try:
             options.out.mkdir(parents=True, exist_ok=True)
             return run(options)
@@ -70,12 +97,69 @@ def run_in_folder(
                 f"{options.out} cannot be used ({error.strerror}): give a folder that can be "
                 "written by --out."
             ) from error
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print(f"Interrupted: {interrupted}", file=sys.stderr)
-        return 130
+
+    return made
+
+
+def check_writable(path: Path) -> None:
+    """Before minutes of work, not after.
+
+    Raises:
+      UserError: the file cannot be written.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(path, "ab"):
+            pass
+    except OSError as error:
+        raise UserError(
+            f"{path} cannot be written ({error.strerror}): give another file."
+        ) from error
+
+
+def check_seed(seed: int) -> None:
+    """Raises ValueError unless it is one."""
+    if not 0 <= seed < 2**32:
+        raise ValueError(f"seed must be from 0 to {2**32 - 1}, got {seed}.")
+
+
+def check_positive(options: Any, whole: Sequence[str] = (), real: Sequence[str] = ()) -> None:
+    """Check the options of these names; None passes.
+
+    Args:
+      options: whose attributes they are.
+      whole: names of numbers that are at least 1.
+      real: names of numbers that are positive and finite.
+
+    Raises:
+      ValueError: one is not.
+    """
+    for name in (*whole, *real):
+        value = getattr(options, name)
+        if value is None:
+            continue
+        if name in whole and value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}.")
+        if not 0 < value < float("inf"):
+            raise ValueError(f"{name} must be positive and finite, got {value}.")
+
+
+def provenance() -> dict[str, Any]:
+    """On what, when and by which code numbers were made."""
+    device = jax.devices()[0]
+    pinned = hasattr(os, "sched_getaffinity")
+    return {
+        "date": datetime.date.today().isoformat(),
+        "device": {
+            "kind": device.device_kind,
+            "platform": device.platform,
+            "count": jax.device_count(),
+            "cpu_cores": len(os.sched_getaffinity(0)) if pinned else os.cpu_count(),
+            "xla_flags": os.environ.get("XLA_FLAGS", ""),
+        },
+        "versions": versions(),
+        "commit": commit(),
+    }
 
 
 def versions() -> dict[str, str]:

@@ -1,7 +1,8 @@
 """Several processes that train as one: ``python -m experiments.processes 4 experiments.gan ...``.
 
 It starts them on this machine, and stops all when one ends badly; on a cluster the scheduler does
-that, and sets the same three variables for each. JAX's collectives join them.
+that: one that JAX knows (SLURM, Open MPI, Kubernetes, TPU), or any that sets the same three
+variables for each. JAX's collectives join them.
 """
 
 import contextlib
@@ -33,24 +34,28 @@ def start() -> None:
     Raises:
       UserError: a variable is missing or no number, or they cannot be reached.
     """
-    if ADDRESS not in os.environ:
-        return
+    address, here = os.environ.get(ADDRESS), {}
     try:
-        count, index = (int(os.environ[name]) for name in (COUNT, INDEX))
-        # Two programs under way at once could meet their collectives in different orders.
-        jax.config.update("jax_cpu_enable_async_dispatch", False)
-        jax.distributed.initialize(os.environ[ADDRESS], count, index)
-        sys.excepthook = _leave_with
+        if address:
+            here = {"num_processes": int(os.environ[COUNT]), "process_id": int(os.environ[INDEX])}
+        jax.distributed.initialize(address, **here)
     except (KeyError, ValueError) as error:
+        if not address:
+            return  # no scheduler that JAX knows
         raise UserError(
             f"{ADDRESS} is set, but {COUNT} and {INDEX} are not both numbers ({error}): give all "
             "three, or none."
         ) from error
     except RuntimeError as error:
+        who = f"Process {here['process_id']} of {here['num_processes']}" if here else "This process"
+        where = f" at {address}" if address else ""
         raise UserError(
-            f"Process {index} of {count} cannot join the others at {os.environ[ADDRESS]} "
-            f"({str(error).splitlines()[0]}): start all of them, with one address."
+            f"{who} cannot join the others{where} ({str(error).splitlines()[0]}): start all of "
+            "them, with one address."
         ) from error
+    # Two programs under way at once could meet their collectives in different orders.
+    jax.config.update("jax_cpu_enable_async_dispatch", False)
+    sys.excepthook = _leave_with
 
 
 def _leave_with(kind, error, trace) -> None:

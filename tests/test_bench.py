@@ -61,7 +61,7 @@ def test_table():
 
 def test_json():
     *rows, about = json.loads(json.dumps(bench.as_json(ROWS), allow_nan=False))
-    assert about.keys() == {"device", "versions", "commit"}
+    assert about.keys() == {"date", "device", "versions", "commit"}
     promised = {"suite", "case", "metric", "ours", "peer", "peer_name", "ratio", "target", "met"}
     assert all(promised <= row.keys() for row in rows)
     assert [row["met"] for row in rows] == [True, False, None, True]

@@ -24,7 +24,7 @@ from experiments.gan.networks import (
     fit,
     fitting_size,
 )
-from experiments.gan.train import Config, Data, Program, compiled, make_training
+from experiments.gan.train import Config, Data, compiled, make_training
 
 pytestmark = [pytest.mark.float32, pytest.mark.xdist_group("gan methods")]
 
@@ -145,7 +145,7 @@ def test_a_method_trains_and_keeps_its_promise(name, data):
 
 def test_settings_and_strengths_share_one_program(data):
     config = Config(normalization="clip", width=2, batch_size=8, loss="non-saturating")
-    functions = compiled(Program.of(config, (4, 4, 1), 1))
+    functions = compiled(config.program(), (4, 4, 1), 1)
     for options in ({"setting": "A"}, {"setting": "F", "strength": 0.5, "schedule": "linear"}):
         config = Config(normalization="clip", width=2, batch_size=8, loss="non-saturating",
                         **options)  # fmt: skip

@@ -165,12 +165,16 @@ def test_every_row_is_one_command():
             assert words[:3] == ["python", "-m", "experiments.gan"]
             parsed = parse(Config, "test", words[3:])
             assert parsed.identity() == config.identity(), name
-            assert parsed.fid == config.fid
+            assert (parsed.fid, parsed.fid_every) == (config.fid, config.fid_every)
 
 
 def test_presets_have_the_rows_that_they_promise():
-    tiny, small = (list(table2.PRESETS[name]) for name in ("tiny", "small"))
-    assert len(tiny) == 7 * 3 + 2 * 2 * 3
+    tiny, small, cifar10 = (
+        list(table2.PRESETS[name]) for name in ("tiny", "small", "cifar10-small")
+    )
+    assert len(tiny) == 7 * 3 + (2 + 3) * 2 * 3
+    assert cifar10 == ["none, C, seed 0", "SN, C, seed 0", "WGAN-GP, C, seed 0",
+                       "none, E, seed 0", "SN, E, seed 0"]  # fmt: skip
     assert small == [f"{m}, C, seed 0" for m in ("none", "SN", "WN", "WGAN-GP")]
     paper = {config.normalization for config in table2.PRESETS["paper"].values()}
     assert paper == {options["normalization"] for options in table2.METHODS.values()}

@@ -81,6 +81,27 @@ def differences(a, b):
     }
 
 
+SLURM = {"SLURM_JOB_ID": "77", "SLURM_STEP_NODELIST": "localhost", "SLURM_NTASKS": "2",
+         "SLURM_LOCALID": "0"}  # fmt: skip
+
+
+def test_a_scheduler_that_jax_knows_names_the_processes(monkeypatch):
+    """Here by the variables that SLURM sets for each task."""
+    program = "from experiments import processes; processes.start(); processes.wait('here'); " \
+              "import jax; print(jax.process_index(), jax.process_count())"  # fmt: skip
+    for name, value in SLURM.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+    monkeypatch.setenv("PYTHONPATH", str(WORKER.parent.parent))
+    started = []
+    for index in range(2):
+        monkeypatch.setenv("SLURM_PROCID", str(index))
+        command = [sys.executable, "-c", program]
+        started.append(subprocess.Popen(command, stdout=subprocess.PIPE, text=True))
+    said = [process.communicate(timeout=300)[0].splitlines()[-1] for process in started]
+    assert said == ["0 2", "1 2"]
+
+
 def alone(out):
     """The same training in this process."""
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):

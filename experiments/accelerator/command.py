@@ -30,7 +30,7 @@ from experiments.accelerator.stages import (
     work,
     write_summary,
 )
-from experiments.cli import UserError, aligned, run_in_folder, write_text
+from experiments.cli import UserError, aligned, check_positive, command, in_folder, write_text
 from experiments.data import default_data_dir, parts
 from experiments.data.fetch import fetch
 
@@ -65,10 +65,7 @@ class Options:
     """Say on stderr what is going on."""
 
     def __post_init__(self) -> None:
-        for name in ("minutes", "piece"):
-            value = getattr(self, name)
-            if value is not None and not 0 < value < float("inf"):
-                raise ValueError(f"{name} must be positive and finite, got {value}.")
+        check_positive(self, real=("minutes", "piece"))
 
 
 def main(args: list[str], worker: Callable[[str, Task], None] = work) -> int:
@@ -82,8 +79,9 @@ def main(args: list[str], worker: Callable[[str, Task], None] = work) -> int:
     def run(options: Options) -> int:
         return write_pack(options) if options.pack else spend(options, worker)
 
-    interrupted = "what was done is kept; the same command goes on."
-    return run_in_folder(Options, "python -m experiments.accelerator", args, run, interrupted)
+    kept = "what was done is kept; the same command goes on."
+    prog = "python -m experiments.accelerator"
+    return command(Options, prog, args, in_folder(run), interrupted=kept)
 
 
 def write_pack(options: Options) -> int:

@@ -5,7 +5,6 @@ among them, so that it can be killed at any moment and started again.
 """
 
 import dataclasses
-import datetime
 import json
 import multiprocessing
 import os
@@ -24,7 +23,7 @@ import numpy as np
 from experiments.accelerator import smoke
 from experiments.bench import __main__ as bench
 from experiments.bench.plots import save_ratios
-from experiments.cli import UserError, aligned, commit, versions, write_text
+from experiments.cli import UserError, aligned, provenance, write_text
 from experiments.data import SOURCES
 from experiments.data.fetch import Source
 from experiments.gan import table2
@@ -251,17 +250,9 @@ def work(name: str, task: Task) -> None:
         if stage.config:  # what is compiled is there at the next start; a benchmark compiles anew
             cache = task.folder.parent / "cache"
             jax.config.update("jax_compilation_cache_dir", str(cache.absolute()))
-    device = jax.devices()[0]
-    if device.platform == "cpu" and not task.tiny:
+    if jax.default_backend() == "cpu" and not task.tiny:
         raise SystemExit(NO_ACCELERATOR)
-    write_summary(
-        task.folder,
-        device={"kind": device.device_kind, "platform": device.platform,
-                "count": jax.device_count(), "cpu_cores": os.cpu_count()},
-        versions=versions(),
-        commit=commit(),
-        date=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-    )  # fmt: skip
+    write_summary(task.folder, **provenance())
     numbers: dict[str, Any] = {}
     try:
         state, why, numbers = stage.work(task)

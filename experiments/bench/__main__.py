@@ -2,12 +2,10 @@
 
 import dataclasses
 import json
-import os
 import sys
 from pathlib import Path
 from typing import Literal, get_args
 
-import jax
 from tqdm import tqdm
 
 from experiments.bench import (
@@ -26,7 +24,7 @@ from experiments.bench import (
 )
 from experiments.bench.plots import save_comm, save_ratios, save_scaling
 from experiments.bench.timing import Row
-from experiments.cli import UserError, aligned, commit, parse, versions, write_text
+from experiments.cli import aligned, check_writable, command, provenance, write_text
 
 Suite = Literal[
     "transform", "step", "compile", "tracking", "memory", "conv", "scaling", "norms", "caps",
@@ -71,41 +69,26 @@ class Config:
 
 
 def main(args: list[str] | None = None) -> int:
-    """Returns the exit code: 0, or 2 for what the user can put right."""
-    try:
-        config = parse(
-            Config, "python -m experiments.bench", sys.argv[1:] if args is None else args
-        )
-        for path in filter(None, (config.json, config.picture)):
-            _check_writable(path)
-        rows = measure(config)
-        print(table(rows))
-        save_ratios(config.picture, rows, device())
-        print(f"\npicture  {config.picture}")
-        for suite, save in CURVES.items():
-            if any(row.suite == suite for row in rows):
-                curves = config.picture.with_stem(f"{config.picture.stem}-{suite}")
-                save(curves, rows, device())
-                print(f"picture  {curves}")
-        if config.json:
-            write_text(config.json, json.dumps(as_json(rows), indent=2, allow_nan=False))
-            print(f"rows     {config.json}")
-        return 0
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    """Returns the exit code of ``cli.command``."""
+    return command(Config, "python -m experiments.bench", args, run)
 
 
-def _check_writable(path: Path) -> None:
-    """Before minutes of measuring, not after."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(path, "ab"):
-            pass
-    except OSError as error:
-        raise UserError(
-            f"{path} cannot be written ({error.strerror}): give another file."
-        ) from error
+def run(config: Config) -> None:
+    """Measure, print the table, draw."""
+    for path in filter(None, (config.json, config.picture)):
+        check_writable(path)
+    rows = measure(config)
+    print(table(rows))
+    save_ratios(config.picture, rows, device())
+    print(f"\npicture  {config.picture}")
+    for suite, save in CURVES.items():
+        if any(row.suite == suite for row in rows):
+            curves = config.picture.with_stem(f"{config.picture.stem}-{suite}")
+            save(curves, rows, device())
+            print(f"picture  {curves}")
+    if config.json:
+        write_text(config.json, json.dumps(as_json(rows), indent=2, allow_nan=False))
+        print(f"rows     {config.json}")
 
 
 def measure(config: Config) -> list[Row]:
@@ -121,9 +104,9 @@ def measure(config: Config) -> list[Row]:
 
 
 def device() -> str:
-    found = jax.devices()[0]
-    return f"{found.device_kind}, {os.cpu_count()} cores" if found.platform == "cpu" else (
-        found.device_kind)  # fmt: skip
+    found = provenance()["device"]
+    cores = f", {found['cpu_cores']} cores" if found["platform"] == "cpu" else ""
+    return found["kind"] + cores
 
 
 def table(rows: list[Row]) -> str:
@@ -147,9 +130,7 @@ def table(rows: list[Row]) -> str:
 
 
 def as_json(rows: list[Row]) -> list[dict]:
-    return [{**dataclasses.asdict(row), "met": row.met} for row in rows] + [
-        {"device": device(), "versions": versions(), "commit": commit()}
-    ]
+    return [{**dataclasses.asdict(row), "met": row.met} for row in rows] + [provenance()]
 
 
 if __name__ == "__main__":

@@ -3,15 +3,18 @@
 
 import dataclasses
 import json
-import os
 import sys
 from pathlib import Path
-from typing import Any
-
-import jax
 
 from experiments.certify import attack, lipschitz, nets, sandwich, study
-from experiments.cli import commit, run_in_folder, versions, write_text
+from experiments.cli import (
+    check_positive,
+    check_seed,
+    command,
+    in_folder,
+    provenance,
+    write_text,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,12 +47,8 @@ class Config:
     """Show a progress bar."""
 
     def __post_init__(self) -> None:
-        for name in ("cases", "steps", "seeds"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}.")
-        if not 0 <= self.seed < 2**32:
-            raise ValueError(f"seed must be from 0 to {2**32 - 1}, got {self.seed}.")
+        check_positive(self, whole=("cases", "steps", "seeds"))
+        check_seed(self.seed)
         chosen = [name for name in RUNS if getattr(self, name)]
         if len(chosen) > 1:
             flags = " and ".join(f"--{name.replace('_', '-')}" for name in chosen)
@@ -66,7 +65,7 @@ def main(args: list[str] | None = None) -> int:
 
     prog = "python -m experiments.certify"
     kept = "what can be continued is kept, and nothing else was written."
-    return run_in_folder(Config, prog, args, chosen, kept)
+    return command(Config, prog, args, in_folder(chosen), interrupted=kept)
 
 
 def run_attack(config: Config) -> int:
@@ -148,16 +147,6 @@ def run_nets(config: Config) -> int:
     print(nets.report(results))
     print(f"\nresults  {path}")
     return 0
-
-
-def provenance() -> dict[str, Any]:
-    """On what it ran."""
-    device = jax.devices()[0]
-    return {
-        "device": {"kind": device.device_kind, "cpu_cores": os.cpu_count()},
-        "versions": versions(),
-        "commit": commit(),
-    }
 
 
 RUNS = {

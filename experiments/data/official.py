@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from experiments.data.fetch import Archive, Contents, Mirror, Source, debian, npm
+from experiments.data.fetch import Archive, Mirror, Source
+from experiments.data.mirrors import Contents, debian, npm
 
 Images = tuple[np.ndarray, np.ndarray]
 

@@ -1,7 +1,6 @@
 """One run from its options to its numbers and pictures."""
 
 import json
-import os
 import resource
 import sys
 import time
@@ -13,7 +12,7 @@ import jax
 import numpy as np
 
 from experiments import processes
-from experiments.cli import UserError, commit, versions, write_text
+from experiments.cli import UserError, provenance, write_text
 from experiments.data import load
 from experiments.gan import evaluate, fid, plots
 from experiments.gan.loop import read_json, read_rows, train
@@ -167,7 +166,6 @@ def run(config: Config) -> dict[str, Any]:
     speeds = [row["steps_per_second"] for row in rows]
     memory = device.memory_stats() or {}
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    pinnable = hasattr(os, "sched_getaffinity")
     summary = {
         "config": config.identity(),
         "images": real.note or "as they come",
@@ -185,14 +183,7 @@ def run(config: Config) -> dict[str, Any]:
             "device_peak_bytes": memory.get("peak_bytes_in_use"),  # null: the device cannot tell
             "process_peak_bytes": peak if sys.platform == "darwin" else 1024 * peak,
         },
-        "device": {
-            "kind": device.device_kind,
-            "cpu_cores": len(os.sched_getaffinity(0)) if pinnable else os.cpu_count(),
-            "xla_flags": os.environ.get("XLA_FLAGS", ""),
-        },
-        "versions": versions(),
-        "commit": commit(),
-    }
+    } | provenance()
     write_text(config.out / "summary.json", json.dumps(summary, indent=2, allow_nan=False))
     return summary
 

@@ -18,8 +18,9 @@ from typing import Any, Literal
 import jax
 import numpy as np
 
+from experiments import cli
 from experiments.bench.timing import interleaved, median_ratio
-from experiments.cli import UserError, parse, write_text
+from experiments.cli import UserError, write_text
 from experiments.gan import plots
 from experiments.gan.loop import Diverged, Paused, read_json, read_rows
 from experiments.gan.run import open_folder, real_images, run
@@ -74,6 +75,10 @@ def setting_of(config: Config) -> str:
     return config.setting if config.adam() == SETTINGS[config.setting] else "own"
 
 
+# KID of 500 images on the way; FID at the end of as many as a CPU has time for.
+CIFAR10_SMALL = {"dataset": "cifar10", "width": 16, "log_every": 100,
+                 "fid": ("500/500", "2000/2000"), "fid_every": 500}  # fmt: skip
+
 SHOWN = "C", 0  # setting and seed of figures 3, 9 and 10
 
 PRESETS = {
@@ -83,11 +88,16 @@ PRESETS = {
         {"dataset": "digits", "width": 16, "steps": 1000, "log_every": 100},
         (["none", "SN", "clip", "WGAN-GP", "WN", "LN", "orthonormal"], "CAE", [0]),
         (["none", "SN"], "CAE", [1, 2]),
+        (["WGAN-GP", "WN", "orthonormal"], "CAE", [1, 2]),
     ),
     "small": study(
         {"dataset": "mnist", "width": 16, "steps": 2000, "log_every": 100},
         (["none", "SN", "WN", "WGAN-GP"], "C", [0]),
     ),
+    "cifar10-small": study(
+        CIFAR10_SMALL | {"steps": 4000}, (["none", "SN", "WGAN-GP"], "C", [0])
+    )
+    | study(CIFAR10_SMALL | {"steps": 1500}, (["none", "SN"], "E", [0])),
     "paper": study(
         {"dataset": "cifar10", "width": 64, "steps": 100_000, "log_every": 1000,
          "checkpoint_every": 5000, "fid": ("paper",)},
@@ -101,8 +111,9 @@ PRESETS = {
 class Options:
     """Train every row of a table, measure it, and draw the paper's figures."""
 
-    preset: Literal["tiny", "small", "paper"] = "tiny"
+    preset: Literal["tiny", "small", "cifar10-small", "paper"] = "tiny"
     """tiny: digits at width 16, settings A, C and E. small: MNIST at 32x32, width 16, setting C.
+    cifar10-small: CIFAR-10 at width 16, settings C and E, with FID of 2000 images.
     paper: CIFAR-10 at width 64, 100000 updates, every method and setting."""
     row: str | None = None
     """Only this row, such as "SN, C, seed 0"."""
@@ -117,24 +128,18 @@ class Options:
 
 
 def main(args: list[str] | None = None) -> int:
-    """Returns the exit code: 0, 2 for what the user can put right, 130 after Ctrl-C."""
-    args = sys.argv[1:] if args is None else args
-    try:
-        options = parse(Options, "python -m experiments.gan.table2", args)
-        rows = PRESETS[options.preset]
-        if options.row is not None and options.row not in rows:
-            raise UserError(f"There is no row {options.row!r}: choose from {'; '.join(rows)}.")
-        return tabulate(options, rows)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt as interrupt:
-        print(f"Interrupted: {interrupt}; the same command continues", file=sys.stderr)
-        return 130
+    """Returns the exit code of ``cli.command``."""
+    kept = "what was saved is kept; the same command continues."
+    return cli.command(
+        Options, "python -m experiments.gan.table2", args, tabulate, interrupted=kept
+    )
 
 
-def tabulate(options: Options, rows: dict[str, Config]) -> int:
+def tabulate(options: Options) -> None:
     """Run the rows that are not there yet; write the table and the figures of all that are."""
+    rows = PRESETS[options.preset]
+    if options.row is not None and options.row not in rows:
+        raise UserError(f"There is no row {options.row!r}: choose from {'; '.join(rows)}.")
     out = options.out or Path(f"runs/table2-{options.preset}")
     here = {"data_dir": options.data_dir, "resume": True, "progress": options.progress}
     configs = {
@@ -164,7 +169,6 @@ def tabulate(options: Options, rows: dict[str, Config]) -> int:
         draw(out, results)
         print(f"\n{(out / 'table.md').read_text()}")
     print(f"results  {out / 'results.json'}")
-    return 0
 
 
 def folder_name(name: str) -> str:
@@ -196,6 +200,7 @@ def command(config: Config) -> str:
             words.append(f"--{field.name.replace('_', '-')}")
             words += [] if value is True else [f"{value}"]
     words += ["--fid", *config.fid] if config.fid else []
+    words += ["--fid-every", f"{config.fid_every}"] if config.fid_every else []
     return shlex.join([*words, "--out", f"runs/{config.out.name}"])
 
 
@@ -221,11 +226,9 @@ def collect(name: str, config: Config) -> dict[str, Any] | None:
         return None
     quality = summary["quality"]
     fractions = quality["class_fractions"]
-    fid = (
-        {name: summary["fid"][0][name] for name in ("fid", "n_real", "n_fake")}
-        if config.fid
-        else {}
-    )
+    names = ("fid", "kid", "precision", "recall", "n_real", "n_fake")
+    fid = {name: summary["fid"][-1][name] for name in names} if config.fid else {}
+    kept = ("date", "device", "versions", "commit")
     return (
         row
         | {
@@ -240,10 +243,8 @@ def collect(name: str, config: Config) -> dict[str, Any] | None:
             "rarest_class": min(fractions),
             "confidence": quality["confidence_fake"],
             "seconds": summary["seconds"]["training"],
-            "device": summary["device"],
-            "versions": summary["versions"],
-            "commit": summary["commit"],
         }
+        | {name: summary.get(name) for name in kept}
         | fid
     )
 
@@ -308,6 +309,15 @@ def times(configs: dict[str, Config], updates: int = 10, rounds: int = 7) -> dic
     }
 
 
+def updates(rows: list[dict[str, Any]]) -> str:
+    """How many the generator got, by setting where they differ."""
+    numbers = {row["setting"]: row["g_updates"] for row in rows}
+    if len(set(numbers.values())) == 1:
+        return f"{rows[0]['g_updates']} generator updates"
+    each = ", ".join(f"{n} at setting {setting}" for setting, n in numbers.items())
+    return f"generator updates: {each}"
+
+
 def verdict(row: dict[str, Any]) -> str:
     if "diverged_at" in row:
         return f"diverged before update {row['diverged_at']}"
@@ -331,18 +341,27 @@ def table(results: dict[str, Any]) -> str:
             for setting in settings
         ]
         lines.append(f"| {' | '.join([method, *cells, str(PAPER.get(method, ''))])} |")
+    columns = {name: lambda row: f"{row[key]:.1f}"}
+    if key == "fid":
+        columns |= {
+            "KID x 1000": lambda row: f"{1000 * row['kid']:.1f}",
+            "precision": lambda row: f"{row['precision']:.2f}",
+            "recall": lambda row: f"{row['recall']:.2f}",
+        }
+    columns |= {
+        "coverage": lambda row: f"{row['coverage']}/{row['n_classes']}",
+        "rarest class": lambda row: f"{row['rarest_class']:.1%}",
+        "confidence": lambda row: f"{row['confidence']:.3f}",
+        "seconds": lambda row: f"{row['seconds']:.0f}",
+    }
     lines += [
         "",
-        f"| method | setting | seed | loss | {name} | coverage | rarest class | confidence "
-        "| seconds | |",
-        "| --- | --- | --- | --- | ---: | ---: | ---: | ---: | ---: | --- |",
+        f"| method | setting | seed | loss | {' | '.join(columns)} | |",
+        f"| --- | --- | --- | --- |{' ---: |' * len(columns)} --- |",
     ]
     for row in rows:
         cells = [row["method"], row["setting"], row["seed"], row["loss"]]
-        cells += ["", "", "", "", ""] if "diverged_at" in row else [
-            f"{row[key]:.1f}", f"{row['coverage']}/{row['n_classes']}",
-            f"{row['rarest_class']:.1%}", f"{row['confidence']:.3f}", f"{row['seconds']:.0f}",
-        ]  # fmt: skip
+        cells += ["" if "diverged_at" in row else of(row) for of in columns.values()]
         lines.append(f"| {' | '.join(map(str, [*cells, verdict(row)]))} |")
     notes = []
     if measured:
@@ -356,7 +375,7 @@ def table(results: dict[str, Any]) -> str:
         )  # fmt: skip
         notes = [
             f"{name} of {row['n_fake']} generated to {row['n_real']} real images in {features}; "
-            f"{row['g_updates']} generator updates{padded}. * not converged: a class has less than "
+            f"{updates(rows)}{padded}. * not converged: a class has less than "
             "a tenth of an even share of the samples. The paper's numbers are FIDs of CIFAR-10 "
             "after 100,000 updates, for the best setting.",
             f"{row['device']['kind']}, {row['device']['cpu_cores']} core(s), XLA_FLAGS="
@@ -381,7 +400,7 @@ def cell(rows: list[dict[str, Any]], key: str) -> str:
 
 def draw(out: Path, results: dict[str, Any]) -> None:
     """The paper's figures, of the rows that are there."""
-    title = f"{results['preset']}: {results['rows'][0]['g_updates']} generator updates"
+    title = f"{results['preset']}: {updates(results['rows'])}"
     shown = f"{title}, setting {SHOWN[0]}, seed {SHOWN[1]}"
     plots.save_robustness(out / "figure1.png", results["rows"], title)
     if results["spectra"]:

@@ -8,6 +8,7 @@ import re
 from collections.abc import Callable
 from functools import lru_cache, partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Literal, NamedTuple
 
 import chex
@@ -20,6 +21,7 @@ from jax import Array, lax
 from jax.sharding import PartitionSpec as P
 
 import sn_jax.linen
+from experiments.cli import check_positive, check_seed
 from experiments.gan.methods import METHODS, Batch
 from experiments.gan.networks import ARCHITECTURES
 
@@ -140,16 +142,12 @@ class Config:
     """Show a progress bar."""
 
     def __post_init__(self) -> None:
-        whole = ("width", "steps", "batch_size", "g_batch_size", "n_dis", "log_every",
-                 "checkpoint_every")  # fmt: skip
-        for name in whole:
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}.")
-        for name in ("learning_rate", "strength", "minutes"):
-            value = getattr(self, name)
-            if value is not None and not 0 < value < float("inf"):
-                raise ValueError(f"{name} must be positive and finite, got {value}.")
+        check_positive(
+            self,
+            whole=("width", "steps", "batch_size", "g_batch_size", "n_dis", "log_every",
+                   "checkpoint_every"),
+            real=("learning_rate", "strength", "minutes"),
+        )  # fmt: skip
         for name in ("b1", "b2", "ema"):
             value = getattr(self, name)
             if value is not None and not 0 <= value < 1:
@@ -165,8 +163,7 @@ class Config:
                 )
             if not self.fid:
                 raise ValueError("fid_every needs numbers of images: give --fid too.")
-        if not 0 <= self.seed < 2**32:
-            raise ValueError(f"seed must be from 0 to {2**32 - 1}, got {self.seed}.")
+        check_seed(self.seed)
         if self.strength is not None and METHODS[self.normalization].strength is None:
             raise ValueError(f"normalization {self.normalization} has no strength.")
 
@@ -175,6 +172,16 @@ class Config:
         elsewhere = {"preset", "data_dir", "fid", "fid_every", "checkpoint_every", "minutes", "out",
                      "resume", "progress"}  # fmt: skip
         return {k: v for k, v in dataclasses.asdict(self).items() if k not in elsewhere}
+
+    def program(self) -> "Config":
+        """The options that compiled functions depend on; the others are the defaults."""
+        names = ("architecture", "conditional", "width", "normalization", "loss", "batch_size",
+                 "flip", "dtype")  # fmt: skip
+        return Config(
+            **{name: getattr(self, name) for name in names},
+            g_batch_size=self.g_batch_size or self.batch_size,
+            ema=None if self.ema is None else 0.0,  # whether, not how long
+        )
 
     def adam(self) -> Setting:
         """The setting, with what is given instead."""
@@ -331,7 +338,7 @@ def make_training(
     config: Config, image_shape: tuple[int, int, int], n_classes: int = 1
 ) -> Training:
     """The run's functions for images of shape (size, size, channels)."""
-    program = compiled(Program.of(config, image_shape, n_classes))
+    program = compiled(config.program(), image_shape, n_classes)
     adam, strength = config.adam(), config.strength or METHODS[config.normalization].strength
     hyper = Hyper(
         learning_rate=adam.learning_rate,
@@ -362,60 +369,23 @@ def make_training(
     )
 
 
-class Program(NamedTuple):
-    """What the compiled functions depend on."""
-
-    architecture: str
-    image_shape: tuple[int, int, int]
-    n_classes: int
-    conditional: bool
-    width: int
-    method: str
-    loss: str
-    batch_size: int
-    g_batch_size: int
-    ema: bool
-    flip: bool
-    dtype: str
-
-    @classmethod
-    def of(cls, config: Config, image_shape: tuple[int, int, int], n_classes: int) -> "Program":
-        return cls(
-            architecture=config.architecture,
-            image_shape=image_shape,
-            n_classes=n_classes,
-            conditional=config.conditional,
-            width=config.width,
-            method=config.normalization,
-            loss=config.loss,
-            batch_size=config.batch_size,
-            g_batch_size=config.g_batch_size or config.batch_size,
-            ema=config.ema is not None,
-            flip=config.flip,
-            dtype=config.dtype,
-        )
-
-
-class _Functions(NamedTuple):
-    init: Callable[[Hyper, Array], State]
-    discriminator_step: Callable[[Hyper, State, Data, Array], tuple[State, Array]]
-    last_step: Callable[[Hyper, State, Data, Array], tuple[State, dict[str, Array]]]
-    """The last discriminator update of a step, and the generator's."""
-    steps: Callable[[Hyper, State, Data, Array], tuple[State, dict[str, Array]]]
-    sample: Callable[[State, Array, Array], Array]
-    spectra: Callable[[State], tuple[dict[str, Array], dict[str, Array]]]
-
-
 @lru_cache(maxsize=16)
-def compiled(program: Program) -> _Functions:
-    """The functions of all runs whose programs are equal."""
-    size, _, channels = program.image_shape
-    method, loss = METHODS[program.method], LOSSES[program.loss]
+def compiled(program: Config, image_shape: tuple[int, int, int], n_classes: int) -> SimpleNamespace:
+    """The functions of all runs whose programs are equal, by name: those of ``Training`` as they
+    are before they know their ``Hyper``; ``last_step`` is the last discriminator update of a step,
+    and the generator's.
+
+    Args:
+      program: of ``Config.program``.
+      image_shape, n_classes: as in ``make_training``.
+    """
+    size, _, channels = image_shape
+    method, loss = METHODS[program.normalization], LOSSES[program.loss]
     floats = jnp.promote_types(program.dtype, jnp.float32)  # of all but the networks' insides
     networks = ARCHITECTURES[program.architecture]
     shared = {
         "width": program.width,
-        "n_classes": program.n_classes if program.conditional else 0,
+        "n_classes": n_classes if program.conditional else 0,
         "dtype": jnp.dtype(program.dtype),
     }
     generator = networks.generator(size, channels, **shared)
@@ -427,7 +397,7 @@ def compiled(program: Program) -> _Functions:
         """A training batch of images and their labels, and the batch statistics left behind."""
         z_key, label_key = jax.random.split(key)
         z = jax.random.normal(z_key, (n, LATENT), floats)
-        labels = jax.random.randint(label_key, (n,), 0, program.n_classes)
+        labels = jax.random.randint(label_key, (n,), 0, n_classes)
         z, labels = spread((z, labels))
         variables = {"params": params, "batch_stats": stats}
         images, updates = generator.apply(variables, z, labels, train=True, mutable=["batch_stats"])
@@ -448,7 +418,7 @@ def compiled(program: Program) -> _Functions:
     def init(hyper, key):
         key, g_key, d_key, method_key = jax.random.split(key, 4)
         labels = jnp.zeros((1,), jnp.int32)
-        z, x = jnp.zeros((1, LATENT), jnp.float32), jnp.zeros((1, *program.image_shape))
+        z, x = jnp.zeros((1, LATENT), jnp.float32), jnp.zeros((1, *image_shape))
         g_variables = generator.init(g_key, z, labels, train=True)
         d_params = discriminator.init(d_key, x, labels)["params"]
 
@@ -468,7 +438,7 @@ def compiled(program: Program) -> _Functions:
             g_stats=g_stats,
             g_opt=adam_init(g_params),
             # Copies: what is donated with a state must not be in it twice.
-            g_ema=jax.tree.map(jnp.copy, (g_params, g_stats)) if program.ema else (),
+            g_ema=jax.tree.map(jnp.copy, (g_params, g_stats)) if program.ema is not None else (),
             d_params=d_params,
             d_opt=adam_init(d_params),
             d_method=d_method,
@@ -521,7 +491,7 @@ def compiled(program: Program) -> _Functions:
         # Smaller at first, so that the average soon forgets the initial weights.
         decay = jnp.minimum(hyper.ema, (1 + state.step) / (10 + state.step))
         g_ema = ()
-        if program.ema:
+        if program.ema is not None:
             g_ema = optax.incremental_update((g_params, g_stats), state.g_ema, 1 - decay)
         return state._replace(
             step=state.step + 1, g_params=g_params, g_stats=g_stats, g_opt=g_opt, g_ema=g_ema
@@ -549,7 +519,7 @@ def compiled(program: Program) -> _Functions:
 
     @jax.jit
     def sample(state, z, labels):
-        params, stats = state.g_ema if program.ema else (state.g_params, state.g_stats)
+        params, stats = state.g_ema if program.ema is not None else (state.g_params, state.g_stats)
         return generator.apply({"params": params, "batch_stats": stats}, z, labels, train=False)
 
     @jax.jit
@@ -558,7 +528,7 @@ def compiled(program: Program) -> _Functions:
         kernels = {path: w for path, w in weights.items() if w.ndim > 1}
         return method.norms(state.d_params, state.d_method), kernels
 
-    return _Functions(
+    return SimpleNamespace(
         init=init,
         discriminator_step=jax.jit(discriminator_step, donate_argnums=1),
         last_step=jax.jit(last_step, donate_argnums=1),

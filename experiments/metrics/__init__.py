@@ -4,7 +4,6 @@ from experiments.metrics.distances import (
     KernelDistance,
     PrecisionRecall,
     frechet_distance,
-    inception_score,
     kernel_distance,
     precision_recall,
 )
@@ -17,7 +16,6 @@ __all__ = [
     "evaluate",
     "features",
     "frechet_distance",
-    "inception_score",
     "kernel_distance",
     "precision_recall",
 ]

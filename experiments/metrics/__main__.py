@@ -3,7 +3,6 @@
 import dataclasses
 import io
 import json
-import os
 import shlex
 import sys
 import time
@@ -11,10 +10,16 @@ import zipfile
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-import jax
 import numpy as np
 
-from experiments.cli import UserError, aligned, commit, parse, versions, write_text
+from experiments.cli import (
+    UserError,
+    aligned,
+    check_writable,
+    command,
+    provenance,
+    write_text,
+)
 from experiments.data import Dataset, Split, load, read_folder
 from experiments.metrics.extract import PROTOCOLS, evaluate
 
@@ -55,26 +60,20 @@ class Config:
 
 
 def main(args: list[str] | None = None) -> int:
-    """Returns the exit code: 0, 2 for what the user can put right, 130 after Ctrl-C."""
-    args = sys.argv[1:] if args is None else args
-    command = shlex.join(["python", "-m", "experiments.metrics", *args])
-    try:
-        config = parse(Config, "python -m experiments.metrics", args)
-        result = run(config) | {"command": command}
+    """Returns the exit code of ``cli.command``."""
+    prog = "python -m experiments.metrics"
+    again = shlex.join([*prog.split(), *(sys.argv[1:] if args is None else args)])
+
+    def measured(config: Config) -> None:
         if config.out:
-            try:
-                config.out.parent.mkdir(parents=True, exist_ok=True)
-                write_text(config.out, json.dumps(result, indent=2, allow_nan=False))
-            except OSError as error:
-                raise UserError(f"{config.out} cannot be written ({error.strerror}).") from error
+            check_writable(config.out)
+        result = run(config) | {"command": again}
+        if config.out:
+            write_text(config.out, json.dumps(result, indent=2, allow_nan=False))
         print(report(result))
-        return 0
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print(f"Interrupted: what was done is kept; continue with: {command}", file=sys.stderr)
-        return 130
+
+    kept = f"what was done is kept; continue with: {again}"
+    return command(Config, prog, args, measured, interrupted=kept)
 
 
 def run(config: Config) -> dict[str, Any]:
@@ -95,15 +94,15 @@ def run(config: Config) -> dict[str, Any]:
         data_dir=config.data_dir,
         progress=config.progress,
     )
-    return numbers | {
-        "real": _source(config.real, config.split, real),
-        "fake": _source(config.fake, config.fake_split, fake),
-        "seconds": time.perf_counter() - start,
-        "date": time.strftime("%Y-%m-%d", time.gmtime()),
-        "device": {"kind": jax.devices()[0].device_kind, "cpu_cores": os.cpu_count()},
-        "versions": versions(),
-        "commit": commit(),
-    }
+    return (
+        numbers
+        | {
+            "real": _source(config.real, config.split, real),
+            "fake": _source(config.fake, config.fake_split, fake),
+            "seconds": time.perf_counter() - start,
+        }
+        | provenance()
+    )
 
 
 def read_images(name: str, split: str, data_dir: Path | None) -> np.ndarray:

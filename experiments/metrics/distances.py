@@ -118,23 +118,3 @@ def _squared_radii(x: Array, centres: Array, k: int) -> Array:
 @jax.jit
 def _covered(x: Array, centres: Array, squared_radii: Array) -> Array:
     return (_squared_distances(x, centres) <= squared_radii[None]).any(1)
-
-
-def inception_score(logits: np.ndarray, *, n_splits: int = 10) -> tuple[float, float]:
-    """``exp E KL(p(y|x) || p(y))``, mean and standard deviation over the splits.
-
-    Salimans et al. (2016), section 4. It is comparable only with the logits of the original
-    Inception network, whose last layer the weights of this package are without: bring your own.
-
-    Args:
-      logits: (n, n_classes), n a multiple of ``n_splits``, in random order.
-      n_splits: parts that are scored each on its own.
-    """
-    from scipy.special import log_softmax, logsumexp
-
-    scores = []
-    for part in np.split(np.asarray(logits, np.float64), n_splits):
-        log_p = log_softmax(part, axis=1)
-        log_marginal = logsumexp(log_p, axis=0) - np.log(len(part))
-        scores.append(np.exp(np.mean(np.sum(np.exp(log_p) * (log_p - log_marginal), axis=1))))
-    return float(np.mean(scores)), float(np.std(scores))

@@ -16,7 +16,8 @@ import numpy as np
 from flax.traverse_util import unflatten_dict
 
 from experiments.data import default_data_dir
-from experiments.data.fetch import Archive, Mirror, Source, fetch, pip
+from experiments.data.fetch import Archive, Mirror, Source, fetch
+from experiments.data.mirrors import pip
 
 FILE = "inception-v3-2015-12-05/default_1.pt"
 MD5 = "cef5f243f33b04bbcedb44e48065dde5"

@@ -5,16 +5,23 @@ Expected, and how long it takes: see docs/scale.md.
 
 import dataclasses
 import json
-import os
 import sys
 from pathlib import Path
 from typing import Any, get_args
 
-import jax
 import numpy as np
 from matplotlib.figure import Figure
 
-from experiments.cli import UserError, aligned, commit, run_in_folder, versions, write_text
+from experiments.cli import (
+    UserError,
+    aligned,
+    check_positive,
+    check_seed,
+    command,
+    in_folder,
+    provenance,
+    write_text,
+)
 from experiments.mesh import make_mesh
 from experiments.transformer.train import Method, Sizes, certified, train
 
@@ -56,16 +63,11 @@ class Config:
     """Show progress bars."""
 
     def __post_init__(self) -> None:
-        for name in ("steps", "width", "depth", "heads", "context", "batch"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
-        for name in ("learning_rate", "bound"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be positive, got {getattr(self, name)}.")
+        whole = ("steps", "width", "depth", "heads", "context", "batch")
+        check_positive(self, whole=whole, real=("learning_rate", "bound"))
         if self.width % self.heads:
             raise ValueError(f"{self.heads} heads do not divide the width, {self.width}.")
-        if not 0 <= self.seed < 2**32:
-            raise ValueError(f"seed must be from 0 to {2**32 - 1}, got {self.seed}.")
+        check_seed(self.seed)
 
 
 QUICK = {"steps": 20, "width": 32, "depth": 2, "heads": 4, "context": 32, "batch": 8}
@@ -77,8 +79,9 @@ def main(args: list[str] | None = None) -> int:
     def sized(config: Config) -> int:
         return run(dataclasses.replace(config, **QUICK) if config.quick else config)
 
+    kept = "what was finished is kept, and not run again."
     prog = "python -m experiments.transformer"
-    return run_in_folder(Config, prog, args, sized, "what was finished is kept, and not run again.")
+    return command(Config, prog, args, in_folder(sized), interrupted=kept)
 
 
 def run(config: Config) -> int:
@@ -166,16 +169,6 @@ def save_curves(path: Path, results: dict[str, Any], title: str) -> None:
     figure.axes[0].legend()
     figure.suptitle(f"A decoder on Python's own sources, {title}")
     figure.savefig(path, dpi=120)
-
-
-def provenance() -> dict[str, Any]:
-    """On what it ran."""
-    device = jax.devices()[0]
-    return {
-        "device": {"kind": device.device_kind, "cpu_cores": os.cpu_count()},
-        "versions": versions(),
-        "commit": commit(),
-    }
 
 
 if __name__ == "__main__":

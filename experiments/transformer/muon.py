@@ -24,8 +24,17 @@ from tqdm import tqdm
 import sn_jax
 import sn_jax.linen
 import sn_jax.transforms
-from experiments.cli import aligned, run_in_folder, write_bytes, write_text
-from experiments.transformer.__main__ import QUICK, provenance
+from experiments.cli import (
+    aligned,
+    check_positive,
+    check_seed,
+    command,
+    in_folder,
+    provenance,
+    write_bytes,
+    write_text,
+)
+from experiments.transformer.__main__ import QUICK
 from experiments.transformer.model import Decoder
 from experiments.transformer.train import RULES, Sizes, batches, text
 
@@ -57,15 +66,15 @@ class Config:
     """Show progress bars."""
 
     def __post_init__(self) -> None:
-        for name in ("steps", "learning_rate", "adam_learning_rate", "c", "n_steps"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be positive, got {getattr(self, name)}.")
+        real = ("learning_rate", "adam_learning_rate", "c")
+        check_positive(self, whole=("steps", "n_steps"), real=real)
+        check_seed(self.seed)
 
 
 def main(args: list[str] | None = None) -> int:
     """Returns the exit code: 0; 2 for what the user can put right; 130 after Ctrl-C."""
     prog = "python -m experiments.transformer.muon"
-    return run_in_folder(Config, prog, args, run, "nothing was written.")
+    return command(Config, prog, args, in_folder(run))
 
 
 def run(config: Config) -> int:
