@@ -47,6 +47,8 @@ def start() -> None:
             "three, or none."
         ) from error
     except RuntimeError as error:
+        if not address and "before any JAX" in str(error):
+            return  # called by a program that already runs, alone
         who = f"Process {here['process_id']} of {here['num_processes']}" if here else "This process"
         where = f" at {address}" if address else ""
         raise UserError(

@@ -7,6 +7,7 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -23,6 +24,7 @@ __all__ = ["from_state_dict", "from_torch", "to_state_dict", "to_torch"]
 _TORCH_FIELDS = {
     "weight": "weight",
     "weight_orig": "weight",
+    "weight_bar": "weight",
     "parametrizations.weight.original": "weight",
     "bias": "bias",
     "weight_u": "u",
@@ -46,8 +48,10 @@ def from_torch(
 
     Reads what both of torch's functions leave, ``torch.nn.utils.spectral_norm``
     (``weight_orig``, ``weight_u``, ``weight_v``) and its successor in ``parametrizations``
-    (``parametrizations.weight.original``, ``.0._u``, ``.0._v``), beside plain ``weight`` and
-    ``bias``. The parameters are the raw ones; the state has an entry for each weight that torch
+    (``parametrizations.weight.original``, ``.0._u``, ``.0._v``), and a wrapper of the time before
+    them (``module.weight_bar``, ``.weight_u``, ``.weight_v``), beside plain ``weight`` and
+    ``bias``. A layer that torch lists under several names counts once where the template has
+    it once. The parameters are the raw ones; the state has an entry for each weight that torch
     normalizes, so ``spectral_normalize(params, state, n_steps=0)`` divides as torch does in
     eval, for both. In train mode the first iterates ``v``, then ``u``, as ``n_steps=1`` does; the
     second ``u``, then ``v``: its sigma lies between ours of that step and the next. (Before
@@ -173,7 +177,8 @@ def to_torch(
 
     def put(module, field, x):
         old = module.arrays[field]
-        result[module.keys[field]] = np.array(x, old.dtype, order="C").reshape(old.shape)
+        for keys in (module.keys, *module.others):
+            result[keys[field]] = np.array(x, old.dtype, order="C").reshape(old.shape)
 
     for module in _matched(template, params, views, names):
         weight = np.asarray(module.leaf)
@@ -261,6 +266,7 @@ class _Module(NamedTuple):
     bias: Any
     layout: _Layout
     view: View | None  # from the user
+    others: tuple[dict[str, str], ...]  # ``keys`` of the same layer's other names
 
     @property
     def shape(self):
@@ -321,6 +327,11 @@ def _matched(state_dict, tree, views, names) -> list[_Module]:
         name: {field: _as_array(state_dict[key]) for field, key in keys.items()}
         for name, keys in torch_modules.items()
     }
+    others: dict[str, tuple[dict[str, str], ...]] = {}
+    if len(arrays) > len(flax_modules):
+        for name, first in _repeated(arrays, names or {}).items():
+            others[first] = (*others.get(first, ()), torch_modules[name])
+            del arrays[name]
     matched = []
     for name, module in _paired(arrays, flax_modules, names or {}).items():
         leaves, layouts = flax_modules[module], _fitting(arrays[name], flax_modules[module])
@@ -333,7 +344,7 @@ def _matched(state_dict, tree, views, names) -> list[_Module]:
             _Module(
                 name, torch_modules[name], arrays[name], path, leaves[weight],
                 _joined(module, "bias"), leaves.get("bias"),
-                _layout(path, name, layouts, view, arrays[name]), view,
+                _layout(path, name, layouts, view, arrays[name]), view, others.get(name, ()),
             )
         )  # fmt: skip
     return matched
@@ -431,6 +442,27 @@ def _torch_modules(state_dict) -> dict[str, dict[str, str]]:
     return modules
 
 
+def _repeated(arrays, names) -> dict[str, str]:
+    """Torch modules that are another one under a second name -> that one.
+
+    A torch module that is registered twice is twice in the state dict. Those have all numbers
+    alike, and by their numbers they are known, since a file need not keep shared memory shared.
+    Constant weights (norms before training) say nothing.
+    """
+    firsts: dict[Any, str] = {}
+    repeated = {}
+    # Those that the user names come first, then the order of appearance.
+    for name in sorted(arrays, key=lambda name: name not in names):
+        weight = arrays[name].get("weight", np.zeros(1))
+        if np.all(weight == weight.flat[0]):
+            continue
+        numbers = tuple((field, x.shape, x.tobytes()) for field, x in sorted(arrays[name].items()))
+        first = firsts.setdefault(numbers, name)
+        if first != name and name not in names:
+            repeated[name] = first
+    return repeated
+
+
 def _flax_modules(tree) -> dict[str, dict[str, Any]]:
     """module path -> {leaf name: leaf}."""
     if not isinstance(tree, Mapping):
@@ -498,6 +530,11 @@ def _paired(arrays, flax_modules, names) -> dict[str, str]:
         same = [path for path in fits[name] if _words(path) == _words(name)]
         if len(same) == 1:
             pairs[name] = same[0]
+    for name in rest:  # without the wrapper around a layer
+        bare = [word for word in _words(name) if word != "module"]
+        same = [p for p in fits[name] if _words(p) == bare and p not in pairs.values()]
+        if len(same) == 1 and name not in pairs:
+            pairs[name] = same[0]
     for group, partners in _groups({t: [p for p in paths if p not in pairs.values()]
                                     for t, paths in fits.items() if t not in pairs}):  # fmt: skip
         found = _by_names(group, [path for path in targets if path in partners])
@@ -530,7 +567,8 @@ def _by_names(group: list[str], partners: list[str]) -> dict[str, str]:
     """Partners by kinds of names, and of each kind by the numbers in them; {} if they do not say.
 
     A kind is a name without its numbers. Where both sides have one kind these go together, else
-    those whose last words are the same.
+    those whose last words are the same. Failing that, names all of which stand in one sequence
+    (0.conv, 0.2.conv and 1) go by its order.
     """
     ours, theirs = _kinds(group), _kinds(partners)
     if len(ours) == len(theirs) == 1:
@@ -538,6 +576,8 @@ def _by_names(group: list[str], partners: list[str]) -> dict[str, str]:
     else:
         by_word = {_words(kind)[-1].strip("_"): paths for kind, paths in theirs.items()}
         pairs = [(x, by_word.pop(_words(kind)[-1].strip("_"), [])) for kind, x in ours.items()]
+    if any(len(names) != len(paths) for names, paths in pairs):
+        pairs = [(_sequence(group), _sequence(partners))]
     if any(len(names) != len(paths) for names, paths in pairs):
         return {}
     return {name: path for one in pairs for name, path in zip(*one, strict=True)}
@@ -549,6 +589,18 @@ def _kinds(names: list[str]) -> dict[str, list[str]]:
     for name in sorted(names, key=lambda name: [int(n) for n in re.findall(r"\d+", name)]):
         kinds.setdefault(re.sub(r"\d+", "", name), []).append(name)
     return kinds
+
+
+def _sequence(names: list[str]) -> list[str]:
+    """In order, if any two first differ in a number; [] if not."""
+    tokens = [re.findall(r"\d+|\D+", name) for name in names]
+    tokens.sort(key=lambda x: [(y.isdigit(), int(y) if y.isdigit() else 0, y) for y in x])
+    for one, next_one in pairwise(tokens):
+        together = zip(one, next_one, strict=False)
+        differing = next((pair for pair in together if len({*pair}) == 2), ("",))
+        if not all(x.isdigit() for x in differing):
+            return []
+    return ["".join(x) for x in tokens]
 
 
 def _with_leaves(tree, changed: Mapping[str, Any], path: str = ""):

@@ -14,9 +14,10 @@ import jax
 import pytest
 
 # Files whose few tests take longest go first, or one process would wait for the other at the end.
-FIRST = ("processes", "gan", "sharding", "gan_methods", "accelerator", "transformer", "certify")
+FIRST = ("processes", "gan", "sharding", "gan_methods", "accelerator", "transformer", "certify",
+         "theory")  # fmt: skip
 # Their tests share nothing.
-SPLIT = ("sharding", "norms", "certify", "package", "jax_ecosystem")
+SPLIT = ("sharding", "norms", "certify", "package", "jax_ecosystem", "theory")
 
 
 def pytest_configure(config):

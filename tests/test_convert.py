@@ -19,6 +19,7 @@ import pytest
 from helpers import svd_rtol
 
 import sn_jax
+from experiments.gan.networks import ARCHITECTURES
 from sn_jax import Conv, Matrix
 from sn_jax.convert import from_state_dict, from_torch, to_state_dict, to_torch
 
@@ -255,6 +256,93 @@ def zeros(*shape):
 
 SQUARE_CONV = {"0.weight": np.zeros((4, 4, 3, 3))}
 SQUARE_TEMPLATE = {"up": {"kernel": zeros(3, 3, 4, 4)}}
+
+
+@pytest.fixture(scope="module")
+def cosgrove():
+    with np.load(FIXTURES / "cosgrove.npz") as arrays:
+        found = dict(arrays)
+    d, g = ({k[2:]: x for k, x in found.items() if k.startswith(f"{net}/")} for net in "dg")
+    return d, g, found["scores"], found["generated"]
+
+
+CONVS = {r"Conv_\d+/kernel": Matrix((0, 1, 2), 3)}  # none is a ConvTranspose
+
+
+def waves(*shape):
+    """As in make_cosgrove_fixture.py."""
+    return np.cos(np.arange(np.prod(shape), dtype=np.float64) ** 1.5).reshape(shape).astype("f4")
+
+
+def test_wrappers_of_2018_with_layers_listed_twice(cosgrove):
+    """Christian Cosgrove's checkpoints: ``module.weight_bar``, every convolution twice."""
+    d, g, scores, generated = cosgrove
+    assert np.array_equal(d["model.0.conv1.weight_bar"], d["model.0.model.0.module.weight_bar"])
+    critic = ARCHITECTURES["cosgrove"].discriminator(width=4)
+    x = jnp.asarray(waves(2, 3, 32, 32).transpose(0, 2, 3, 1))
+    template = jax.eval_shape(critic.init, KEY, x)["params"]
+    params, state = from_torch(d, template, CONVS)
+    assert len(state) == 11
+    normalized, _ = jax.jit(sn_jax.spectral_normalize)(params, state)
+    result = jax.jit(critic.apply)({"params": normalized}, x)
+    np.testing.assert_allclose(result, scores, rtol=1e-4, atol=1e-5)
+    back = to_torch(params, state, d, CONVS)
+    assert back.keys() == d.keys()
+    for name, value in d.items():
+        np.testing.assert_array_equal(back[name], value, err_msg=name)
+
+    generator = ARCHITECTURES["cosgrove"].generator(32, 3, width=2)
+    apply = jax.jit(partial(generator.apply, train=True, mutable=["batch_stats"]))
+    variables = jax.eval_shape(partial(generator.init, train=True), KEY, jnp.zeros((1, 16)))
+    params, state = from_torch(g, variables["params"], CONVS)
+    assert not state
+    # Torch's first layer lists channels before pixels.
+    params["Dense_0"] = jax.tree.map(
+        lambda w: w.reshape(*w.shape[:-1], 4, 16).swapaxes(-1, -2).reshape(w.shape),
+        params["Dense_0"],
+    )
+    stats = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), variables["batch_stats"])
+    images, _ = apply({"params": params, "batch_stats": stats}, jnp.asarray(waves(3, 16)))
+    np.testing.assert_allclose(images[:, ::4, ::4].transpose(0, 3, 1, 2), generated, atol=2e-5)
+
+
+def test_wrappers_of_2018_under_their_own_names_alone(cosgrove):
+    d = {name: x for name, x in cosgrove[0].items() if ".module." in name}
+    critic = ARCHITECTURES["cosgrove"].discriminator(width=4)
+    template = jax.eval_shape(critic.init, KEY, jnp.zeros((1, 32, 32, 3)))["params"]
+    ours, theirs = (from_torch(torch, template, CONVS) for torch in (d, cosgrove[0]))
+    jax.tree.map(np.testing.assert_array_equal, ours, theirs)
+
+
+def test_equal_layers_are_one_only_where_the_template_has_one():
+    weight = np.arange(6.0).reshape(2, 3)
+    torch = {"a.weight": weight, "b.weight": weight.copy()}
+    dense = {"kernel": jnp.zeros((3, 2))}
+    params, _ = from_torch(torch, {"a": dense, "b": dense})
+    np.testing.assert_array_equal(params["b"]["kernel"], weight.T)
+    for names in (None, {"b": "c"}):
+        params, state = from_torch(torch, {"c": dense}, names=names)
+        np.testing.assert_array_equal(params["c"]["kernel"], weight.T)
+        back = to_torch({"c": {"kernel": 2 * params["c"]["kernel"]}}, state, torch, names=names)
+        np.testing.assert_array_equal(back["a.weight"], 2 * weight)
+        np.testing.assert_array_equal(back["b.weight"], 2 * weight)
+    # Other numbers, or numbers that say nothing: two layers.
+    for other in (weight + 1, np.ones((2, 3))):
+        with pytest.raises(ValueError, match="2 modules with parameters"):
+            from_torch({"a.weight": np.ones((2, 3)), "b.weight": other}, {"c": dense})
+
+
+def test_names_in_one_sequence_go_by_its_order():
+    dense = {"kernel": jnp.zeros((2, 2))}
+    names = ["net.0.lin.weight", "net.0.out.weight", "net.2.weight", "net.10.weight"]
+    torch = {name: np.full((2, 2), float(i)) for i, name in enumerate(names)}
+    template = {f"Dense_{i}": dense for i in range(3)}
+    del torch["net.0.out.weight"]
+    params, _ = from_torch(torch, template)
+    assert [float(params[f"Dense_{i}"]["kernel"][0, 0]) for i in range(3)] == [0, 2, 3]
+    torch["net.0.out.weight"] = torch.pop("net.10.weight")  # beside net.0.lin: by name alone
+    with pytest.raises(ValueError, match="neither names nor numbers"):
+        from_torch(torch, template)
 
 
 def test_a_square_kernel_needs_a_view():

@@ -1,5 +1,6 @@
 """The GAN experiment: its numbers against the paper, and a run that survives what users do."""
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -24,7 +25,7 @@ from experiments.data import load
 from experiments.gan import __main__ as cli
 from experiments.gan import evaluate, loop
 from experiments.gan.networks import Discriminator, Generator, n_stages
-from experiments.gan.train import LOSSES, SETTINGS, Config, Data, make_training
+from experiments.gan.train import EPOCH, LOSSES, SETTINGS, Config, Data, make_training
 from experiments.metrics import frechet_distance
 
 # One group: the tests of runs share them, and a second worker would make its own.
@@ -175,6 +176,44 @@ def test_a_step_advances_u_once_and_keeps_the_raw_weights(tiny, images):
     # Adam's first step moves a weight by the learning rate at most: none was divided by sigma.
     moved = jax.tree.map(lambda new, old: np.abs(new - old).max(), state.d_params, old_params)
     assert 0 < max(jax.tree.leaves(moved)) < 1.01 * SETTINGS["C"].learning_rate
+
+
+def test_the_step_of_cosgroves_code(images):
+    """One real batch a step, an iteration a pass, a learning rate that falls every epoch."""
+    config = Config(
+        width=2, batch_size=8, n_dis=1, same_real=True, iterate="forward", schedule="epochs"
+    )
+    training = make_training(config, (4, 4, 1))
+    start = training.init(jax.random.key(0))
+    start = start._replace(step=jnp.int32(3 * EPOCH))
+    old = jax.tree.map(np.array, start)
+    state, _ = training.step(start, images)
+    # Two iterations of an update, on the old weights, and the generator's, on the new ones.
+    method = old.d_method
+    for weights in (old.d_params, old.d_params, state.d_params):
+        _, method = sn_jax.spectral_normalize(weights, method)
+    for path, singular in method.items():
+        atol = svd_rtol((singular.u.size, singular.v.size), np.float32)
+        np.testing.assert_allclose(state.d_method[path].u, singular.u, atol=atol)
+    # Adam's first step moves a weight by the learning rate.
+    moved = jax.tree.map(lambda new, old: np.abs(new - old).max(), state.d_params, old.d_params)
+    rate = SETTINGS["C"].learning_rate * 0.99**3
+    assert max(jax.tree.leaves(moved)) == pytest.approx(rate, rel=1e-3)
+
+
+def test_a_step_can_keep_to_one_real_batch(images):
+    """Seen by the loss of a discriminator that stands still; generated images are all the same."""
+    config = Config(width=2, batch_size=8, n_dis=1, same_real=True, loss="wasserstein",
+                    normalization="none", learning_rate=1e-30)  # fmt: skip
+    one = make_training(config, (4, 4, 1))
+    two = make_training(dataclasses.replace(config, n_dis=2), (4, 4, 1))
+    state = one.init(jax.random.key(0))
+    state = state._replace(g_params=jax.tree.map(jnp.zeros_like, state.g_params))
+    _, second = two.step(jax.tree.map(jnp.array, state), images)
+    state, first = one.step(state, images)
+    _, other = one.step(state, images)
+    assert float(second["loss_d"]) == pytest.approx(float(first["loss_d"]), rel=1e-5)
+    assert float(other["loss_d"]) != pytest.approx(float(first["loss_d"]), rel=1e-2)
 
 
 def test_steps_in_one_scan_are_the_same_steps(tiny, images):

@@ -278,6 +278,25 @@ def test_the_authors_resnet_starts_otherwise():
         assert float(jnp.abs(kernel).max()) <= np.sqrt(3 * gain * fan)  # uniform
 
 
+def test_cosgroves_networks():
+    """The numbers of parameters are those of the PyTorch code of 2018."""
+    networks = ARCHITECTURES["cosgrove"]
+    params = shapes(networks.discriminator(), jnp.zeros((1, 32, 32, 3)))
+    assert size_of(params) == 1_053_825
+    params = shapes(networks.generator(32, 3), jnp.zeros((1, 128)), train=True)
+    assert size_of(params) == 1_154_947
+    assert {shape[:2] for shape in conv_shapes(params)} == {(3, 3)}  # shortcuts have none
+    x = jax.random.normal(jax.random.key(1), (2, 8, 8, 1))
+    critic = networks.discriminator(width=16)
+    variables = jax.jit(critic.init)(jax.random.key(0), x)
+    for name, gain, fan in [("Conv_3", 1, 1 / (9 * 32)), ("Conv_5", 2, 1 / 32)]:
+        kernel = variables["params"][name]["kernel"]
+        assert float(jnp.std(kernel)) == pytest.approx(np.sqrt(gain * fan), rel=0.05), name
+    # The mean over the last 2x2 pixels, where the paper's has their sum; biases are zero.
+    scores = (jax.jit(net.apply)(variables, x) for net in (critic, ResNetDiscriminator(16)))
+    np.testing.assert_allclose(4 * next(scores), next(scores), rtol=1e-4)
+
+
 @pytest.mark.parametrize("size", [8, 12, 16, 24, 32, 40, 64])
 def test_resnets_of_any_size(size):
     generate = partial(ResNetGenerator(size, 2, 1).init_with_output, train=True)

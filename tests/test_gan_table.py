@@ -121,6 +121,10 @@ def test_presets_are_where_options_start():
     assert config.adam() == (2e-4, 0.0, 0.9, 1)
     assert (config.batch_size, config.g_batch_size, config.steps) == (64, 128, 50_000)
     assert config.schedule == "linear"
+    config = cli.options(["--preset", "cosgrove"])
+    assert config.adam() == (2e-4, 0.0, 0.9, 5)
+    assert (config.steps, config.schedule, config.iterate) == (2000 * 781, "epochs", "forward")
+    assert config.same_real
     for name in PRESETS:
         assert cli.options(["--preset", name]).preset == name
     assert cli.options([]) == Config()
@@ -131,6 +135,18 @@ def test_prolonging_a_linear_schedule_is_another_run(capsys, tmp_path):
     assert run.open_folder(config) is None
     with pytest.raises(loop.UserError, match="steps is 5 there and 6 here"):
         run.open_folder(dataclasses.replace(config, steps=6))
+
+
+def test_a_run_of_before_an_option_goes_on(tmp_path):
+    config = Config(out=tmp_path / "run", resume=True)
+    run.open_folder(config)
+    path = config.out / "config.json"
+    before = {k: v for k, v in json.loads(path.read_text()).items() if k != "iterate"}
+    path.write_text(json.dumps(before))
+    assert run.open_folder(config) is None
+    path.write_text(json.dumps(before))
+    with pytest.raises(loop.UserError, match="iterate is update there and forward here"):
+        run.open_folder(dataclasses.replace(config, iterate="forward"))
 
 
 def test_images_without_classes(tmp_path, capsys):

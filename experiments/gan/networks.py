@@ -1,10 +1,11 @@
 """The paper's networks (Miyato et al. 2018, tables 3 to 6), for any square image size that fits.
 
-The standard CNN and the ResNet, each as the paper prints it and as the authors' code has it. The
-paper's are initialized as Flax does by default, with a variance of 1 / fan-in: the N(0, 0.02^2) of
-the authors' CNN suits its width of 64, and at width 16 leaves a discriminator that is not
-normalized with hardly any signal, which would flatter spectral normalization (it does not depend
-on the scale).
+The standard CNN and the ResNet, each as the paper prints it and as the authors' code has it, and
+the ResNet of Christian Cosgrove's PyTorch code (2018), smaller and much used. The paper's are
+initialized as Flax does by default, with a variance of 1 / fan-in: the N(0, 0.02^2) of the
+authors' CNN suits its width of 64, and at width 16 leaves a discriminator that is not normalized
+with hardly any signal, which would flatter spectral normalization (it does not depend on the
+scale).
 
 A conditional discriminator is the projection of Miyato & Koyama (2018, equation 3), a conditional
 generator has an offset and a scale a class in its batch normalization.
@@ -237,12 +238,20 @@ class Discriminator(_Discriminator):
 # --- The ResNet -----------------------------------------------------------------------------
 
 
-def _resnet_inits(authors: bool) -> tuple[Init, Init]:
-    """Of the convolutions on the residual branch, and of all others."""
-    if not authors:
-        return _LECUN, _LECUN
+class Inits(NamedTuple):
+    """Of a ResNet's kernels: on the residual branch, on shortcuts, and all others."""
+
+    branch: Init
+    shortcut: Init
+    other: Init
+
+
+def _resnet_inits(authors: bool, cosgrove: bool) -> Inits:
     glorot = partial(nn.initializers.variance_scaling, mode="fan_avg", distribution="uniform")
-    return glorot(2.0), glorot(1.0)  # gains of sqrt(2) and 1
+    one, root_two = glorot(1.0), glorot(2.0)  # gains of 1 and sqrt(2)
+    if cosgrove:
+        return Inits(branch=one, shortcut=root_two, other=one)
+    return Inits(root_two, one, one) if authors else Inits(_LECUN, _LECUN, _LECUN)
 
 
 def _pool(x: Array) -> Array:
@@ -259,15 +268,20 @@ class ResNetGenerator(_Generator):
 
     At size 32 and width 64 (table 4): dense to 4x4x256; three residual blocks of 256 channels that
     double the grid; batch normalization, ReLU, a 3x3 convolution and tanh. Above 32 (tables 5 and
-    6) the channels halve from block to block, down to 64.
+    6) the channels halve from block to block, down to 64. Cosgrove's has 128 channels in all
+    blocks, and upsampling alone on their shortcuts.
     """
+
+    cosgrove: bool = False
 
     @nn.compact
     def __call__(self, z: Array, labels: Array | None = None, *, train: bool) -> Array:
-        (branch, other), dtype = _resnet_inits(self.authors), self.dtype
+        inits, dtype = _resnet_inits(self.authors, self.cosgrove), self.dtype
         doublings = n_doublings(self.size)
         start = self.size // 2**doublings
-        if self.size <= 32:
+        if self.cosgrove:
+            first, blocks = 2 * self.width, [2 * self.width] * doublings
+        elif self.size <= 32:
             first, blocks = 4 * self.width, [4 * self.width] * doublings
         else:
             blocks = [self.width * 2**i for i in reversed(range(doublings))]
@@ -279,14 +293,15 @@ class ResNetGenerator(_Generator):
         def conv(x, features, kernel, init):
             return nn.Conv(features, (kernel,) * 2, kernel_init=init, dtype=dtype)(x)
 
-        x = nn.Dense(start * start * first, kernel_init=other, dtype=dtype)(z)
+        x = nn.Dense(start * start * first, kernel_init=inits.other, dtype=dtype)(z)
         x = x.reshape(-1, start, start, first)
         for features in blocks:
-            residual = conv(_twice(activate(x)), features, 3, branch)
-            residual = conv(activate(residual), features, 3, branch)
+            residual = conv(_twice(activate(x)), features, 3, inits.branch)
+            residual = conv(activate(residual), features, 3, inits.branch)
             # A 1x1 convolution and nearest-neighbour upsampling commute.
-            x = _twice(conv(x, features, 1, other)) + residual
-        x = conv(activate(x), self.channels, 3, other)
+            shortcut = x if self.cosgrove else conv(x, features, 1, inits.shortcut)
+            x = _twice(shortcut) + residual
+        x = conv(activate(x), self.channels, 3, inits.other)
         return jnp.tanh(x.astype(jnp.float32))
 
 
@@ -295,13 +310,16 @@ class ResNetDiscriminator(_Discriminator):
 
     At size 32 and width 64 (table 4): residual blocks of 128 channels, two that halve the grid and
     two that do not; ReLU, the sum over all pixels, dense to 1. Above 32 (tables 5 and 6) blocks of
-    64, 128, ... channels halve it to 3x3 or 4x4, and one more does not.
+    64, 128, ... channels halve it to 3x3 or 4x4, and one more does not. Cosgrove's takes the mean
+    over all pixels.
     """
+
+    cosgrove: bool = False
 
     @nn.compact
     def __call__(self, x: Array, labels: Array | None = None) -> Array:
-        branch, other = _resnet_inits(self.authors)
-        branch, other = self.kernel_init or branch, self.kernel_init or other
+        inits = _resnet_inits(self.authors, self.cosgrove)
+        inits = Inits(*(self.kernel_init or init for init in inits))
         n_doublings(x.shape[-2])  # raises where nothing fits
         if x.shape[-2] <= 32:
             blocks = [(2 * self.width, down) for down in (True, True, False, False)]
@@ -318,17 +336,18 @@ class ResNetDiscriminator(_Discriminator):
 
         for i, (features, down) in enumerate(blocks):
             hidden = features if i == 0 else x.shape[-1]
-            residual = conv(activate(x) if i else x, hidden, 3, branch)
-            residual = conv(activate(residual), features, 3, branch)
+            residual = conv(activate(x) if i else x, hidden, 3, inits.branch)
+            residual = conv(activate(residual), features, 3, inits.branch)
             residual = _pool(residual) if down else residual
             shortcut = x
             # A 1x1 convolution and an average commute: the average first is four times cheaper.
             shortcut = _pool(shortcut) if down else shortcut
             if down or features != x.shape[-1]:
-                shortcut = conv(shortcut, features, 1, other)
+                shortcut = conv(shortcut, features, 1, inits.shortcut)
             x = shortcut + residual
         x = activate(x).astype(jnp.float32)
-        return self.head(jnp.sum(x, (1, 2)), labels, other)
+        pool = jnp.mean if self.cosgrove else jnp.sum
+        return self.head(pool(x, (1, 2)), labels, inits.other)
 
 
 class Architecture(NamedTuple):
@@ -350,6 +369,12 @@ ARCHITECTURES |= {
         discriminator=partial(architecture.discriminator, authors=True),
     )
     for name, architecture in ARCHITECTURES.items()
+} | {
+    "cosgrove": Architecture(
+        partial(ResNetGenerator, cosgrove=True),
+        partial(ResNetDiscriminator, cosgrove=True),
+        n_doublings,
+    )
 }
 
 

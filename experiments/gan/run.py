@@ -1,5 +1,6 @@
 """One run from its options to its numbers and pictures."""
 
+import dataclasses
 import json
 import resource
 import sys
@@ -40,14 +41,15 @@ def open_folder(config: Config) -> dict[str, Any] | None:
     """
     out = config.out
     # A run may be prolonged, unless what it did depends on where it was to end.
-    free = {"steps"} if config.schedule == "constant" else set()
+    free = set() if config.schedule == "linear" else {"steps"}
     try:
         if (out / "config.json").exists():
             if not config.resume:
                 raise UserError(
                     f"{out} holds a run: pass --resume to continue it, or another --out."
                 )
-            recorded = read_json(out / "config.json")
+            # What an older version did not have yet was as the default is.
+            recorded = dataclasses.asdict(Config()) | read_json(out / "config.json")
             differing = [
                 f"{name} is {recorded.get(name)} there and {value} here"
                 for name, value in config.identity().items()

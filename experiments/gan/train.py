@@ -26,6 +26,7 @@ from experiments.gan.methods import METHODS, Batch
 from experiments.gan.networks import ARCHITECTURES
 
 LATENT = 128  # size of z ~ N(0, I)
+EPOCH = 50_000 // 64  # steps in an epoch of CIFAR-10
 
 
 # --- Configuration --------------------------------------------------------------------------
@@ -57,10 +58,11 @@ class Config:
 
     preset: Literal[
         "demo", "cnn-authors", "resnet", "resnet-authors", "cifar10-cnn", "cifar10-cnn-hinge",
-        "cifar10-resnet",
+        "cifar10-resnet", "cosgrove",
     ] = "demo"  # fmt: skip
     """Options to start from; those given beside it replace the preset's. The cifar10 ones are the
-    paper's headline runs, FID included; the others but the demo need a --dataset."""
+    paper's headline runs, FID included; cosgrove is Cosgrove's PyTorch code of 2018, on CIFAR-10;
+    the others but the demo need a --dataset."""
     dataset: str = "digits"
     """Real images: digits (scikit-learn's of 8x8 pixels, which need no download), mnist,
     fashion-mnist, cifar10, or a folder of images; its sub-folders are the classes."""
@@ -69,8 +71,8 @@ class Config:
     size: int | None = None
     """Side of the images; larger ones are resized, smaller ones padded with zeros.
     By default the first size from theirs on that the networks fit."""
-    architecture: Literal["cnn", "resnet", "cnn-authors", "resnet-authors"] = "cnn"
-    """The networks: the paper's, or those of the authors' code."""
+    architecture: Literal["cnn", "resnet", "cnn-authors", "resnet-authors", "cosgrove"] = "cnn"
+    """The networks: the paper's, those of the authors' code, or Cosgrove's ResNet."""
     conditional: bool = False
     """Give both networks the labels: projection discriminator, conditional batch normalization."""
     width: int = 16
@@ -90,8 +92,14 @@ class Config:
     """Instead of the setting's."""
     n_dis: int | None = None
     """Instead of the setting's."""
-    schedule: Literal["constant", "linear"] = "constant"
-    """Of the learning rate; linear goes to 0 at the last step."""
+    schedule: Literal["constant", "linear", "epochs"] = "constant"
+    """Of the learning rate; linear goes to 0 at the last step, epochs is times .99 after every
+    781 steps, which is an epoch of CIFAR-10 in batches of 64."""
+    same_real: bool = False
+    """All discriminator updates of a step see the same real images."""
+    iterate: Literal["update", "forward"] = "update"
+    """When a method iterates on its norms: once before every discriminator update, or before
+    every pass through the discriminator, two of an update and the generator's."""
     loss: Literal["hinge", "non-saturating", "wasserstein", "least-squares"] = "hinge"
     """What the two networks minimize."""
     normalization: Literal[
@@ -176,7 +184,7 @@ class Config:
     def program(self) -> "Config":
         """The options that compiled functions depend on; the others are the defaults."""
         names = ("architecture", "conditional", "width", "normalization", "loss", "batch_size",
-                 "flip", "dtype")  # fmt: skip
+                 "flip", "same_real", "iterate", "dtype")  # fmt: skip
         return Config(
             **{name: getattr(self, name) for name in names},
             g_batch_size=self.g_batch_size or self.batch_size,
@@ -206,6 +214,13 @@ PRESETS: dict[str, dict[str, Any]] = {
         "architecture": "resnet-authors", "width": 64, "steps": 50_000, "learning_rate": 2e-4,
         "b1": 0.0, "b2": 0.9, "n_dis": 5, "g_batch_size": 128, "schedule": "linear",
         "out": Path("runs/resnet-authors"),
+    },
+    # https://github.com/christiancosgrove/pytorch-spectral-normalization-gan: 2000 epochs, hinge.
+    "cosgrove": {
+        "dataset": "cifar10", "architecture": "cosgrove", "width": 64, "steps": 2000 * 781,
+        "learning_rate": 2e-4, "b1": 0.0, "b2": 0.9, "n_dis": 5, "schedule": "epochs",
+        "same_real": True, "iterate": "forward", "log_every": 500, "checkpoint_every": 2500,
+        "out": Path("runs/cosgrove"),
     },
 }  # fmt: skip
 
@@ -299,6 +314,7 @@ class Hyper:
 
     learning_rate: Array
     decay: Array  # of the learning rate, as a fraction of it per step
+    epoch_factor: Array  # of the learning rate, after every EPOCH steps
     b1: Array
     b2: Array
     n_dis: Array
@@ -343,6 +359,7 @@ def make_training(
     hyper = Hyper(
         learning_rate=adam.learning_rate,
         decay=1 / config.steps if config.schedule == "linear" else 0.0,
+        epoch_factor=0.99 if config.schedule == "epochs" else 1.0,
         b1=adam.b1,
         b2=adam.b2,
         n_dis=adam.n_dis,
@@ -408,6 +425,7 @@ def compiled(program: Config, image_shape: tuple[int, int, int], n_classes: int)
 
     def updated(hyper, step, grads, opt_state, params):
         rate = hyper.learning_rate * (1 - hyper.decay * step)
+        rate *= hyper.epoch_factor ** (step // EPOCH)
         updates, opt_state = optax.scale_by_adam(hyper.b1, hyper.b2).update(grads, opt_state)
         return optax.tree.add_scale(params, -rate, updates), opt_state
 
@@ -452,8 +470,12 @@ def compiled(program: Config, image_shape: tuple[int, int, int], n_classes: int)
 
     def discriminator_step(hyper, state, data, i):
         data_key, flip_key, fake_key, penalty_key = jax.random.split(step_key(state, i + 1), 4)
+        if program.same_real:
+            data_key, flip_key, *_ = jax.random.split(step_key(state, 1), 4)
         # The one update of u per discriminator step, from the weights alone, outside the loss.
-        d_method = method.update(state.d_params, state.d_method)
+        d_method = for_real = method.update(state.d_params, state.d_method)
+        if program.iterate == "forward":  # another one for the generated images
+            d_method = method.update(state.d_params, for_real)
         n = len(data.images) if data.n is None else data.n
         rows = jax.random.randint(data_key, (program.batch_size,), 0, n)
         real, labels = spread((scaled(data.images[rows], floats), data.labels[rows]))
@@ -464,8 +486,14 @@ def compiled(program: Config, image_shape: tuple[int, int, int], n_classes: int)
 
         def objective(params):
             critic = partial(scores, method.apply(params, d_method))
-            # One pass, in which each half is a batch of its own: it may be normalized over.
-            both = jax.vmap(critic)(jnp.stack([real, fake]), jnp.stack([labels, fake_labels]))
+            if program.iterate == "forward":
+                both = (
+                    scores(method.apply(params, for_real), real, labels),
+                    critic(fake, fake_labels),
+                )
+            else:
+                # One pass, in which each half is a batch of its own: it may be normalized over.
+                both = jax.vmap(critic)(jnp.stack([real, fake]), jnp.stack([labels, fake_labels]))
             batch = Batch(partial(critic, labels=labels), real, fake, penalty_key)
             return loss.discriminator(*both) + hyper.strength * method.penalty(
                 params, d_method, batch
@@ -477,7 +505,9 @@ def compiled(program: Config, image_shape: tuple[int, int, int], n_classes: int)
         return state._replace(d_params=d_params, d_opt=d_opt, d_method=d_method), value
 
     def generator_step(hyper, state):
-        # The discriminator's u stays as its own step left it.
+        # The discriminator's u stays as its own step left it, unless every pass iterates.
+        if program.iterate == "forward":
+            state = state._replace(d_method=method.update(state.d_params, state.d_method))
         critic = partial(scores, method.apply(state.d_params, state.d_method))
 
         def objective(params):
