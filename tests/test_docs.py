@@ -66,9 +66,10 @@ def test_one_setting_says_where_the_repository_is():
     settings.read(ROOT / "setup.cfg")
     url = settings["repository"]["url"].strip()
     project_urls = settings["metadata"].get("project_urls", "")
-    assert (url in project_urls) if url else not project_urls
+    together = "url of [repository] and project_urls of [metadata] in setup.cfg name the same place"
+    assert (url in project_urls) if url else not project_urls, together
     for source in NOTEBOOKS:
-        assert ("files.upload()" in source.read_text()) == (not url)
+        assert ("files.upload()" in source.read_text()) == (not url), "make notebooks"
     install = (DOCS / "start.md").read_text().split("## Ten lines")[0]
     assert (f"git+{url}" if url else f"sn_jax-{sn_jax.__version__}-py3-none-any.whl") in install
     for floor in ("jax", "flax"):
