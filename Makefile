@@ -17,7 +17,7 @@ QUICK_TESTS ?= $(addprefix tests/test_,$(addsuffix .py,contract core conv transf
 # In the order of tests/conftest.py.
 PYTEST = $(RUN) -m pytest -n 2 --dist loadgroup --no-loadscope-reorder
 
-.PHONY: demo test test-quick test-cpus test-slow test-torch lint clean
+.PHONY: demo docs notebooks test test-quick test-cpus test-slow test-torch test-lowest dist lint clean
 
 ## Train an SN-GAN on handwritten digits; prints where the pictures are.
 demo: $(VENV)/.experiments
@@ -45,6 +45,30 @@ test-slow: $(VENV)/.test
 test-torch: $(VENV)/.test $(VENV)/.installed-torch
 	$(RUN) -m pytest tests/test_torch_live.py
 
+## The site, in build/docs; its pages run first, and a warning is an error.
+docs: $(VENV)/.test $(VENV)/.docs
+	$(RUN) -m pytest -q -m slow tests/test_docs.py
+	$(RUN) -m sphinx -q -W --keep-going -b html docs build/docs
+
+## Execute the notebooks' sources; elsewhere than beside them with NOTEBOOKS=build/notebooks.
+NOTEBOOKS ?= docs/notebooks
+notebooks: $(VENV)/.notebooks
+	$(RUN) docs/notebooks/make.py --out $(NOTEBOOKS)
+
+## The library's tests on the lowest versions that setup.cfg names, in an environment of their own.
+LOWEST := .venv-lowest
+test-lowest:
+	test -x $(LOWEST)/bin/python || $(PYTHON) -m venv $(LOWEST)
+	$(LOWEST)/bin/python -m pip install --quiet --disable-pip-version-check -e '.[test]' \
+		$$($(PYTHON) tests/lowest.py)
+	$(LOWEST)/bin/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder $(CPU_TESTS)
+
+## The sdist and the wheel, in dist; checked as a package index would.
+dist: $(VENV)/.dist
+	rm -rf dist
+	$(RUN) -m build --outdir dist
+	$(RUN) -m twine check --strict dist/*
+
 lint: $(VENV)/.test
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
@@ -62,4 +86,4 @@ $(VENV)/.%: setup.cfg pyproject.toml
 	touch $@
 
 clean:
-	rm -rf $(VENV) runs build *.egg-info
+	rm -rf $(VENV) $(LOWEST) runs build dist *.egg-info

@@ -358,7 +358,9 @@ class SpectralNorm(nn.Module):
       param_dtype: of the stored ``u`` and ``sigma``.
       error_on_non_matrix: raise for kernels with more than 2 axes.
       collection_name: where the state is kept.
-      bound, mode, gradient: as in ``sn_jax.spectral_normalize``.
+      bound: norm of the normalized kernels, as in ``sn_jax.spectral_normalize``.
+      mode: "divide" or "clip", as there.
+      gradient: "through" or "stop", as there.
       conv: "reshape" or "operator", as in ``views``.
       rules: as in ``views``, on paths inside the layer: ``{r".*/out/kernel": None}``.
       n_vectors: singular vectors iterated together, as in ``sn_jax.init``.
