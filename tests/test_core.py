@@ -508,7 +508,7 @@ def test_penalty_towards_one():
 
 
 def test_no_direction_is_lost_when_images_of_the_start_nearly_depend():
-    """As of this seed in float32: all of the small side is spanned all the same, and sigma exact."""
+    """As of this seed in float32: the small side is spanned all the same, and sigma is exact."""
     w = jnp.asarray(np.random.default_rng(98).standard_normal((9, 3)), jnp.float32)
     state = sn_jax.init({"w": w}, jax.random.key(98), n_vectors=3, warmup=3)
     gram = np.asarray(state["w"].v, np.float64) @ np.asarray(state["w"].v, np.float64).T
