@@ -354,8 +354,12 @@ class _Vectors:
         z, lengths = _unit_and_length(z, fallback, self.lead)
         if self.single:
             return z, lengths
+        # Rows that are next to nothing beside the longest are mostly its rounding errors.
+        least = jnp.sqrt(jnp.finfo(z.dtype).eps)
+        relative = lengths / (least * jnp.max(lengths, -1, keepdims=True))
+        z = z * _expand(jnp.where(relative < 1, relative, 1.0), z)
         eigenvalues, q = jnp.linalg.eigh(_gram(z, self.batch_ndim), symmetrize_input=False)
-        kept = eigenvalues > jnp.sqrt(jnp.finfo(z.dtype).eps)
+        kept = eigenvalues > least
         weights = jnp.where(kept, lax.rsqrt(jnp.where(kept, eigenvalues, 1.0)), 0.0)
         rows = _combine(q * jnp.expand_dims(weights, -2), z, self.batch_ndim)
         others = self._beside(rows, fallback)
