@@ -193,6 +193,6 @@ def report(results: dict[str, dict[str, Any]]) -> str:
         ratio = row["upper"] / row["lower"] if row["lower"] else math.inf
         numbers = (row["lower"], row["upper"], row["bounds"]["product"], ratio)
         cells = (name, *(f"{number:.4g}" for number in numbers), row["method"])
-        lines.append(f"| {' | '.join(cells)} | {row['failure_probability']:.1g} | "
+        lines.append(f"| {' | '.join(cells)} | {row['failure_probability']:.2g} | "
                      f"{row['seconds']:.1f} |")  # fmt: skip
     return "\n".join(lines)
