@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from functools import cache
 
 import jax.numpy as jnp
 import numpy as np
@@ -9,7 +10,7 @@ import pytest
 
 import sn_jax
 from experiments.certify import __main__ as certify
-from experiments.certify import attack, lipschitz, nets, oracle, sandwich
+from experiments.certify import attack, classifier, lipschitz, models, nets, oracle, sandwich
 
 pytestmark = pytest.mark.float32
 
@@ -126,7 +127,7 @@ def test_descent_finds_what_a_linear_classifier_withstands():
     radii = np.array([0.0, 0.3, 0.9])
     left = lipschitz.under_attack(lambda x: x.reshape(len(x), -1) @ jnp.asarray(w), images,
                                   labels, radii)  # fmt: skip
-    np.testing.assert_allclose(left, [(withstood > r).mean() for r in radii], atol=1 / 40)
+    np.testing.assert_allclose(left.mean(1), [(withstood > r).mean() for r in radii], atol=1 / 40)
 
 
 def test_constants_and_pictures(tmp_path, monkeypatch, capsys):
@@ -162,3 +163,46 @@ def test_the_table_of_networks(tmp_path, monkeypatch, capsys):
     assert bounds == sorted(bounds, reverse=True)
     assert 0 < row["lower"] <= bounds[-1] * (1 + 1e-5)
     assert f"| {name} | " in capsys.readouterr().out
+
+
+def test_certified_accuracy_is_below_what_an_attack_leaves(tmp_path, monkeypatch, capsys):
+    """On the digits alone, hardly trained."""
+    monkeypatch.setattr(classifier, "WIDTH", 16)
+    monkeypatch.setattr(classifier, "train", cache(classifier.train))
+    honest = classifier.study
+    monkeypatch.setattr(classifier, "study", lambda *a, **k: honest(*a, data=("digits",), **k))
+    args = ["--classifier", "--steps", "150", "--no-progress", "--out", str(tmp_path)]
+    assert certify.main(args) == 0
+    result = json.loads((tmp_path / "classifier.json").read_text())["networks"]["digits"]
+    assert result["violations"] == 0
+    assert result["accuracy"] > 0.5
+    constants = result["constants"]
+    assert constants["tight"] < constants["product"]
+    shares = np.array([result["certified"][key] for key in ("product", "tight", "margins")])
+    np.testing.assert_allclose(shares[:, 0], result["accuracy"])
+    # Each of the next certifies more, and none what the attack takes.
+    assert np.all(np.diff(shares, axis=0) >= 0)
+    assert shares[2].sum() > shares[0].sum()
+    assert np.all(shares <= result["under attack"])
+    assert (tmp_path / "classifier.png").stat().st_size > 10_000
+    assert "| left under attack |" in capsys.readouterr().out
+    # Of constants that are ten times too small the attack says so.
+    monkeypatch.setattr(sn_jax, "margin_bounds", lambda fn, x, **_: np.full((10, 10), 0.1))
+    assert certify.main(args) == 1
+
+
+def test_the_models_of_the_repository(tmp_path, monkeypatch, capsys):
+    """Two of them, one in a ball; and a bound that is too small is found."""
+    few = {"a": models._linen(classifier.Network(), (1, 4, 4, 1)),
+           "b": models.Model(lambda key: lambda x: x * x, (1, 3), 0.1)}  # fmt: skip
+    monkeypatch.setattr(models, "MODELS", few)
+    args = ["--models", "--no-progress", "--out", str(tmp_path)]
+    assert certify.main(args) == 0
+    rows = json.loads((tmp_path / "models.json").read_text())["networks"]
+    for row in rows.values():
+        assert 0 < row["lower"] <= row["upper"] * (1 + 1e-6)
+    assert rows["a"]["upper"] < rows["a"]["bounds"]["product"]
+    assert rows["b"]["upper"] < 2.5 * rows["b"]["lower"]
+    assert "| b |" in capsys.readouterr().out
+    shrunk = {"a": rows["a"] | {"upper": 0.9 * rows["a"]["lower"]}}
+    assert models.violations(rows | shrunk) == ["a"]

@@ -142,21 +142,9 @@ def table(
     Returns:
       dict: network -> method -> list of bounds, None where it did not run; also "lower".
     """
-    rows = read_rows(out, ROWS)
-    write_text(out / ROWS, "".join(json.dumps(row) + "\n" for row in rows))
-    known = {(row["network"], row["seed"]): row["bounds"] for row in rows}
-    every = [(name, seed + i) for i in range(n_seeds) for name in NETS]
-    with (
-        (out / ROWS).open("a") as file,
-        tqdm(every, unit="network", disable=not progress) as bar,
-    ):
-        for name, n in bar:
-            bar.set_postfix_str(name)
-            if (name, n) not in known:
-                known[name, n] = _measured(NETS[name], n)
-                row = {"network": name, "seed": n, "bounds": known[name, n]}
-                file.write(json.dumps(row) + "\n")
-                file.flush()
+    every = {(name, seed + i): partial(_measured, name, seed + i)
+             for i in range(n_seeds) for name in NETS}  # fmt: skip
+    known = kept(out / ROWS, every, progress=progress)
     return {
         name: {key: [known[name, seed + i][key] for i in range(n_seeds)]
                for key in (*METHODS, "lower")}
@@ -164,7 +152,35 @@ def table(
     }  # fmt: skip
 
 
-def _measured(net: Net, seed: int) -> dict[str, float | None]:
+def kept(
+    path: Path,
+    every: dict[tuple[str, int], Callable[[], dict[str, Any]]],
+    *,
+    progress: bool = False,
+) -> dict[tuple[str, int], dict[str, Any]]:
+    """Measure what is not yet in a file, one network after the other.
+
+    Args:
+      path: of the rows, one for each network and seed.
+      every: (network, seed) -> what measures it.
+      progress: show a bar on stderr.
+    """
+    rows = read_rows(path.parent, path.name)
+    write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
+    known = {(row["network"], row["seed"]): row["bounds"] for row in rows}
+    with path.open("a") as file, tqdm(every, unit="network", disable=not progress) as bar:
+        for name, seed in bar:
+            bar.set_postfix_str(name)
+            if (name, seed) not in known:
+                known[name, seed] = every[name, seed]()
+                row = {"network": name, "seed": seed, "bounds": known[name, seed]}
+                file.write(json.dumps(row) + "\n")
+                file.flush()
+    return known
+
+
+def _measured(name: str, seed: int) -> dict[str, float | None]:
+    net = NETS[name]
     init_key, stats_key, attack_key = jax.random.split(jax.random.key(seed), 3)
     x = jnp.zeros(net.shape)
     variables = net.module.init(init_key, x)

@@ -84,19 +84,28 @@ def study(steps: int, seed: int, *, progress: bool = False) -> dict[str, Any]:
 
 
 def train(
-    conv: str, steps: int, seed: int, *, temperature: float = 1.0, progress: bool = False
+    conv: str,
+    steps: int,
+    seed: int,
+    *,
+    data: str = "digits",
+    model: nn.Module | None = None,
+    temperature: float = 1.0,
+    progress: bool = False,
 ) -> Trained:
-    """Train the network with one normalization.
+    """Train a network with one normalization.
 
     Args:
       conv: "reshape" or "operator", as in ``sn_jax.linen.views``.
       steps, seed, progress: as in ``study``.
+      data: the images, by their name in ``experiments.data``.
+      model: from images to logits; a ``Network`` if None.
       temperature: what logits are divided by in the loss. A small one asks for margins, since
         normalized logits cannot grow instead.
     """
     start = time.perf_counter()
-    images, labels = (jnp.asarray(x) for x in scaled_digits("train"))
-    model, optimizer = Network(), optax.adam(LEARNING_RATE)
+    images, labels = (jnp.asarray(x) for x in scaled_images("train", data))
+    model, optimizer = model or Network(), optax.adam(LEARNING_RATE)
     key, init_key, state_key = jax.random.split(jax.random.key(seed), 3)
     variables = jax.jit(model.init)(init_key, images[:1])
     params = variables["params"]
@@ -127,16 +136,16 @@ def train(
     # One step of power iteration trails behind the weights; before they are frozen it catches up.
     state = sn_jax.calibrate(params, state)
     normalized, _ = sn_jax.spectral_normalize(params, state, n_steps=0)
-    held_out, answers = scaled_digits("test")
+    held_out, answers = scaled_images("test", data)
     logits = jax.jit(model.apply)({"params": normalized}, held_out)
     accuracy = float(np.mean(np.argmax(logits, -1) == answers))
     operators = sn_jax.linen.views(model, variables, images[:1], conv="operator")
     return Trained(normalized, operators, accuracy, time.perf_counter() - start)
 
 
-def scaled_digits(split: str) -> tuple[np.ndarray, np.ndarray]:
+def scaled_images(split: str, data: str = "digits") -> tuple[np.ndarray, np.ndarray]:
     """float32 images in [0, 1], and labels."""
-    images, labels = load("digits", split)
+    images, labels = load(data, split)
     return images.astype(np.float32) / 255, labels
 
 
@@ -168,7 +177,7 @@ def largest_jacobian(params: Any, n_steps: int = 100) -> float:
       params: with normalized kernels.
       n_steps: of power iteration.
     """
-    images, _ = scaled_digits("test")
+    images, _ = scaled_images("test")
 
     def logits(x):
         return Network().apply({"params": params}, x[None])[0]
