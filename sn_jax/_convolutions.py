@@ -112,11 +112,11 @@ def as_convolution(form: TapSum) -> One | None:
         d
         for d, (table, n) in enumerate(zip(form.tables, form.sizes, strict=True))
         if not (table.shape == (n, 1) and np.array_equal(table[:, 0], np.arange(n)))
-    ] or [int(np.argmax(form.sizes))]
+    ]
     if len(kept) > 3:
         return None
-    shape = [n_taps[d] for d in kept]
-    lines = [(form.tables[d], form.sizes[d]) for d in kept]
+    shape = [n_taps[d] for d in kept] or [1]
+    lines = [(form.tables[d], form.sizes[d]) for d in kept] or [(np.zeros((1, 1), int), 1)]
     for fit in (_with_zeros, _circular, _mirrored):
         fits = [fit(*line) for line in lines]
         if all(f is not None for f in fits):

@@ -604,7 +604,7 @@ class _Bounds:
         order = self.between(rows)
         return (
             len(rows) == len(rows[0].terms) == 1
-            and np.ndim(rows[0].terms[0][1]) == 0
+            and _uniform(rows[0].terms[0][1]) is not None
             and all(len(a.operands) == 1 for a in order)
             and sum(not is_isometric(a) for a in order) <= 1
             and max((a.size * a.inputs[0].size for a in order), default=0) > _LARGE
@@ -614,21 +614,16 @@ class _Bounds:
         """The maps of a large row from those sources from which it is one convolution."""
         key = _identity(rows)
         if key not in self._taps:
-            self._taps[key] = {
-                source: found
-                for source in self.reached(rows)
-                if source.size * rows[0].terms[0][0].size > _LARGE
-                and (found := self._tap_sum(rows, source)) is not None
-            }
+            sources = self.reached(rows)
+            large = max(a.size for a in sources) * rows[0].terms[0][0].size > _LARGE
+            found = {s: self._tap_sum(rows, s) for s in sources} if large else {}
+            self._taps[key] = {s: pair for s, pair in found.items() if pair is not None}
         return self._taps[key]
 
     def _tap_sum(self, rows: tuple[Row, ...], source: Operation) -> tuple[TapSum, One] | None:
-        terms = [(a, f) for row in rows for a, f in row.terms]
-        if len(rows) > 1 or any(np.ndim(factor) for _, factor in terms):
-            return None
-        known = tap_sums(source, self.between(rows, source))
-        parts = [(known[a], float(factor)) for a, factor in terms if a in known]
-        if not parts or any(form is None for form, _ in parts):
+        known = tap_sums(source, self.between(rows, source)) if len(rows) == 1 else {}
+        parts = [(known[a], _uniform(factor)) for a, factor in rows[0].terms if a in known]
+        if not parts or any(form is None or factor is None for form, factor in parts):
             return None
         form = summed(parts)
         one = None if form is None else as_convolution(form)
@@ -884,6 +879,12 @@ def _identity(rows: Sequence[Row]) -> tuple[Any, ...]:
     return tuple(
         (a, id(f) if isinstance(f, np.ndarray) else f) for row in rows for a, f in row.terms
     )
+
+
+def _uniform(factor: Any) -> float | None:
+    """The one number that a factor is, or None."""
+    ends = np.min(factor), np.max(factor)
+    return float(ends[0]) if ends[0] == ends[1] else None
 
 
 def _largest(rows: Rows) -> float:
