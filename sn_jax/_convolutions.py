@@ -207,7 +207,9 @@ def _next(node: Operation, known) -> TapSum:
                 p["base_dilation"], p["padding"], strict=True)
         ):  # fmt: skip
             if (k, s, low) != (1, 1, 0) or node.shape[axis] != a.shape[axis]:
-                form = _seen(form, axis, _table(node.shape[axis], a.shape[axis], k, s, low, d, base))
+                form = _seen(
+                    form, axis, _table(node.shape[axis], a.shape[axis], k, s, low, d, base)
+                )
         return form._replace(terms=form.terms + _sum_terms(node))
     if op == "conv_general_dilated" and a is node.args[0]:
         return _convolved(node, a, form)
@@ -217,8 +219,10 @@ def _next(node: Operation, known) -> TapSum:
 
 
 def _sum_terms(node: Operation) -> int:
-    return 4 + node.inputs[0].size // max(1, node.size) if node.op == "reduce_sum" else 4 + math.prod(
-        node.params["window_dimensions"]
+    return (
+        4 + node.inputs[0].size // max(1, node.size)
+        if node.op == "reduce_sum"
+        else 4 + math.prod(node.params["window_dimensions"])
     )
 
 
@@ -353,9 +357,7 @@ def _sum(a: TapSum, b: TapSum) -> TapSum:
         raise _NoTapsError
     tables, places = [], []
     for mine, theirs in zip(a.tables, b.tables, strict=True):
-        columns, place = np.unique(
-            np.concatenate([mine, theirs], 1), axis=1, return_inverse=True
-        )
+        columns, place = np.unique(np.concatenate([mine, theirs], 1), axis=1, return_inverse=True)
         tables.append(columns)
         places.append(np.split(np.ravel(place), [mine.shape[1]]))
     if math.prod(t.shape[1] for t in tables) * math.prod(a.kernel.shape[-2:]) > _MOST_ENTRIES:
@@ -401,9 +403,13 @@ def _concatenated(node: Operation, known) -> TapSum:
                 continue
             form, own = _dimension(form, axis)
             alike = form.axes == first.axes and np.array_equal(form.kernel, first.kernel)
-            alike = alike and own == d and all(
-                i == d or np.array_equal(*tables_of)
-                for i, tables_of in enumerate(zip(form.tables, first.tables, strict=True))
+            alike = (
+                alike
+                and own == d
+                and all(
+                    i == d or np.array_equal(*tables_of)
+                    for i, tables_of in enumerate(zip(form.tables, first.tables, strict=True))
+                )
             )
             if not alike:
                 raise _NoTapsError

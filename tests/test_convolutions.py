@@ -93,8 +93,9 @@ ONE = {
     "VALID last": lambda x: conv(2, (3, 3), 2, padding="VALID")(conv(4, (3, 3))(x)),
     "x + conv(x)": lambda x: x + bn(conv(3, (3, 3))(x)),
     "x - conv(x)": lambda x: x - conv(3, (3, 3), padding="CIRCULAR")(x),
-    "two ways": lambda x: pool(conv(4, (3, 3))(x), (2, 2), (2, 2))
-    + conv(4, (1, 1))(pool(x, (2, 2), (2, 2))),
+    "two ways": lambda x: (
+        pool(conv(4, (3, 3))(x), (2, 2), (2, 2)) + conv(4, (1, 1))(pool(x, (2, 2), (2, 2)))
+    ),
     "channels side by side": lambda x: bn(jnp.concatenate([x, conv(4, (3, 3))(x)], -1)),
     "groups, then 1x1": lambda x: conv(4, (1, 1))(conv(6, (3, 3), feature_group_count=3)(x)),
     "dilated": lambda x: bn(conv(4, (3, 3), kernel_dilation=2)(x)),
@@ -102,10 +103,16 @@ ONE = {
     "cropped": lambda x: conv(4, (3, 3))(x)[:, 1:5, 1:-1],
     "channels chosen": lambda x: conv(4, (3, 3))(x[..., ::-1])[..., 1:3],
     "differences": lambda x: x[:, 1:] - x[:, :-1],
-    "channels first": lambda x: lax.conv_general_dilated(
-        x.transpose(0, 3, 1, 2), KERNEL.astype(x.dtype), (1, 1), "SAME", dimension_numbers=("NCHW", "OIHW", "NCHW")
-    )
-    * np.arange(1, 5, dtype=x.dtype)[None, :, None, None],
+    "channels first": lambda x: (
+        lax.conv_general_dilated(
+            x.transpose(0, 3, 1, 2),
+            KERNEL.astype(x.dtype),
+            (1, 1),
+            "SAME",
+            dimension_numbers=("NCHW", "OIHW", "NCHW"),
+        )
+        * np.arange(1, 5, dtype=x.dtype)[None, :, None, None]
+    ),
 }
 # Maps that are no one convolution of a view.
 NONE = {
@@ -114,7 +121,9 @@ NONE = {
     "around one axis alone": lambda x: conv(4, (3, 3), padding=((0, 0), (1, 1)))(
         jnp.pad(x, ((0, 0), (1, 1), (0, 0), (0, 0)), mode="wrap")
     ),
-    "a factor for each pixel": lambda x: conv(4, (3, 3))(x) * np.arange(1, 7, dtype=x.dtype)[None, :, None, None],
+    "a factor for each pixel": lambda x: (
+        conv(4, (3, 3))(x) * np.arange(1, 7, dtype=x.dtype)[None, :, None, None]
+    ),
     "all numbers of an image": lambda x: nn.Dense(4)(conv(4, (3, 3))(x).reshape(1, -1)),
 }
 
