@@ -155,7 +155,7 @@ def _identity(shape: tuple[int, ...], channel: int) -> TapSum:
 
 def _next(node: Operation, known) -> TapSum:
     op, p = node.op, node.params
-    moving = [a for a in node.args if a in known]
+    moving = [a for a in node.inputs if a in known]
     if any(known[a] is None for a in moving):
         raise _NoTapsError
     forms = [known[a] for a in moving]

@@ -623,9 +623,8 @@ class _Bounds:
     def _tap_sum(self, rows: tuple[Row, ...], source: Operation) -> tuple[TapSum, One] | None:
         known = tap_sums(source, self.between(rows, source)) if len(rows) == 1 else {}
         parts = [(known[a], _uniform(factor)) for a, factor in rows[0].terms if a in known]
-        if not parts or any(form is None or factor is None for form, factor in parts):
-            return None
-        form = summed(parts)
+        clear = [(form, c) for form, c in parts if form is not None and c is not None]
+        form = summed(clear) if len(clear) == len(parts) > 0 else None
         one = None if form is None else as_convolution(form)
         return None if form is None or one is None else (form, one)
 
