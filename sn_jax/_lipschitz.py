@@ -20,6 +20,7 @@ import scipy.linalg
 from scipy.sparse.linalg import LinearOperator, eigsh
 
 from sn_jax._balls import Balls
+from sn_jax._convolutions import One, TapSum, as_convolution, beside, summed, tap_sums
 from sn_jax._ellipsoid import Block, Ellipsoid, ellipsoid
 from sn_jax._graph import Graph, NoPlatform, graph_of
 from sn_jax._matrix_free import FAILURE, norm_above
@@ -41,6 +42,8 @@ from sn_jax._tight import tight
 METHODS = ("product", "merged", "joint", "shift", "ellipsoid", "tight")
 # Entries of all matrices that a domain over all sources keeps, and directions of all sources.
 _MOST_KEPT, _MOST_DIRECTIONS = 2**26, 3000
+# Entries of a matrix from which on a piece that is one convolution is bounded as that.
+_LARGE = 2**20
 # Directions up to which "auto" is tight: half a second there, and it grows with the cube.
 _MOST_TIGHT = 300
 
@@ -393,6 +396,7 @@ class _Bounds:
         copies = max((graph.outputs.count(a) for a in graph.outputs), default=1)
         if copies > 1:
             self.outputs = Rows(tuple(Row(((a, 1.0),)) for a in graph.outputs))
+        self._taps: dict[tuple[Any, ...], dict[Operation, tuple[TapSum, One]]] = {}
         self._maps: dict[tuple[Any, ...], dict[Operation, _Map] | None] = {}
         self._norms: dict[tuple[Any, ...], float] = {}
         self._operations: dict[tuple[Operation, Operation], float] = {}
@@ -488,8 +492,15 @@ class _Bounds:
         rules = self.by_rules(rows, logs)
         best, factor, sources = rules, math.nan, None
         if domain != "product":
-            maps = self.maps(rows)
-            if maps is not None:
+            sources = self.reached(rows)
+            if self.is_one_operation(rows):
+                pass  # the rules are as good
+            elif len(taps := self.taps(rows)) == len(sources):
+                parts = [_times(_log(self.by_taps(rows, s)), logs[s]) for s in sources]
+                best = min(best, _plus(*parts))
+                if domain == "joint" and len(sources) > 1 and best < math.inf:
+                    best = min(best, self.joint_of_taps(taps, logs, parts))
+            elif (maps := self.maps(rows)) is not None:
                 sources = list(maps)
                 parts = [_times(_log(self.norm(rows, s, maps[s])), logs[s]) for s in maps]
                 best = min(best, _plus(*parts))
@@ -497,8 +508,9 @@ class _Bounds:
                     best = min(best, self.joint(maps, logs, parts))
                 best = min(best, self.by_corners(rows, logs))
             else:
-                sources = self.reached(rows)
-                parts = [_times(_log(self.by_products(rows, s)), logs[s]) for s in sources]
+                norms = [(self.by_taps if s in taps else self.by_products)(rows, s)
+                         for s in sources]  # fmt: skip
+                parts = [_times(_log(n), logs[s]) for n, s in zip(norms, sources, strict=True)]
                 best = min(best, _plus(*parts))
         else:
             sources = self.reached(rows)
@@ -577,6 +589,74 @@ class _Bounds:
                 self._maps[key] = None
         return self._maps[key]
 
+    def between(self, rows: Sequence[Row], source: Operation | None = None) -> list[Operation]:
+        """The linear operations that rows are made of, in the graph's order; none before source."""
+        order, todo = set(), [a for row in rows for a, _ in row.terms]
+        while todo:
+            a = todo.pop()
+            if a is not source and a not in order and a not in self.all.sources and a.op != "x":
+                order.add(a)
+                todo += a.inputs
+        return sorted(order, key=lambda a: a.depth)
+
+    def is_one_operation(self, rows: Sequence[Row]) -> bool:
+        """Whether large rows are no more than a convolution, but for isometries."""
+        order = self.between(rows)
+        return (
+            len(rows) == len(rows[0].terms) == 1
+            and _uniform(rows[0].terms[0][1]) is not None
+            and all(len(a.operands) == 1 for a in order)
+            and sum(not is_isometric(a) for a in order) <= 1
+            and max((a.size * a.inputs[0].size for a in order), default=0) > _LARGE
+        )
+
+    def taps(self, rows: tuple[Row, ...]) -> dict[Operation, tuple[TapSum, One]]:
+        """The maps of a large row from those sources from which it is one convolution."""
+        key = _identity(rows)
+        if key not in self._taps:
+            sources = self.reached(rows)
+            large = max(a.size for a in sources) * rows[0].terms[0][0].size > _LARGE
+            found = {s: self._tap_sum(rows, s) for s in sources} if large else {}
+            self._taps[key] = {s: pair for s, pair in found.items() if pair is not None}
+        return self._taps[key]
+
+    def _tap_sum(self, rows: tuple[Row, ...], source: Operation) -> tuple[TapSum, One] | None:
+        known = tap_sums(source, self.between(rows, source)) if len(rows) == 1 else {}
+        parts = [(known[a], _uniform(factor)) for a, factor in rows[0].terms if a in known]
+        clear = [(form, c) for form, c in parts if form is not None and c is not None]
+        form = summed(clear) if len(clear) == len(parts) > 0 else None
+        one = None if form is None else as_convolution(form)
+        return None if form is None or one is None else (form, one)
+
+    def by_taps(self, rows: tuple[Row, ...], source: Operation) -> float:
+        """The norm of rows in one source from which they are one convolution."""
+        key = (_identity(rows), source)
+        if key not in self._norms:
+            one = self.taps(rows)[source][1]
+            self._norms[key] = norm(one.kernel, self.rtol, one.error, one.view)
+        return self._norms[key]
+
+    def joint_of_taps(self, taps: dict[Operation, tuple[TapSum, One]], logs, parts) -> float:
+        """As ``joint``, of sources of one size together, at the weights of the sum."""
+        alike: dict[tuple[int, ...], list[tuple[TapSum, float, float]]] = {}
+        for (source, (form, _)), part in zip(taps.items(), parts, strict=True):
+            if part > -math.inf:
+                alike.setdefault(form.sizes, []).append((form, logs[source], part))
+        totals = []
+        for group in alike.values():
+            total = _plus(*(part for *_, part in group))
+            # sqrt(sum w) sigma([B_k L_k / sqrt(w_k)]) with w_k what B_k L_k is at most, over sums.
+            scales = [log - (part + total) / 2 for _, log, part in group]
+            form = None
+            if len(group) > 1 and max(map(abs, scales)) < 300:
+                form = beside([(f, math.exp(c)) for (f, *_), c in zip(group, scales, strict=True)])
+            one = None if form is None else as_convolution(form)
+            if one is not None:
+                value = norm(one.kernel, self.rtol, one.error, one.view) * (1 + 8 * UNIT)
+                total = min(total, _times(_log(value), total))
+            totals.append(total)
+        return _plus(*totals)
+
     def by_products(self, rows: tuple[Row, ...], source: Operation) -> float:
         """The norm of rows in one source where no matrix is formed; infinite where the rules are
         as good."""
@@ -586,18 +666,9 @@ class _Bounds:
         return self._products[key]
 
     def _by_products(self, rows: tuple[Row, ...], source: Operation) -> float:
-        order, todo = set(), [a for row in rows for a, _ in row.terms]
-        while todo:
-            a = todo.pop()
-            if a is not source and a not in order and a not in self.all.sources and a.op != "x":
-                order.add(a)
-                todo += a.inputs
-        order = sorted(order, key=lambda a: a.depth)
-        ways = [a for a in order if not is_isometric(a)]
+        order = self.between(rows, source)
         if len(rows) == 1 and len(rows[0].terms) == 1 and all(len(a.operands) == 1 for a in order):
             factor = rows[0].terms[0][1]
-            if len(ways) <= 1:
-                return math.inf
             found = convolution(order) if np.ndim(factor) == 0 else None
             if found is not None:
                 return abs(factor) * (1 + 4 * UNIT) * norm(*found[:1], self.rtol, *found[1:])
@@ -807,6 +878,12 @@ def _identity(rows: Sequence[Row]) -> tuple[Any, ...]:
     return tuple(
         (a, id(f) if isinstance(f, np.ndarray) else f) for row in rows for a, f in row.terms
     )
+
+
+def _uniform(factor: Any) -> float | None:
+    """The one number that a factor is, or None."""
+    ends = np.min(factor), np.max(factor)
+    return float(ends[0]) if ends[0] == ends[1] else None
 
 
 def _largest(rows: Rows) -> float:
