@@ -70,7 +70,7 @@ def lipschitz_attack(
     restarts: int = 8,
     step_size: float = 0.05,
     scale: float = 1.0,
-    regions: int = 2**12,
+    regions: int = 2**10,
 ) -> Attack:
     """A lower bound of the Lipschitz constant, by gradient ascent on the norm of the Jacobian.
 

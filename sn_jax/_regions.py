@@ -43,6 +43,10 @@ def steepest(fn: Callable[..., Any], x0: np.ndarray, most: int) -> np.ndarray | 
         # A little beside x0, which may be on a kink itself.
         step = 1e-3 * np.random.default_rng(0).standard_normal(x0.size)
         todo = [np.asarray(x0, np.float64).ravel() + step]
+        # Where r hyperplanes have independent normals there are 2^r regions at least.
+        rows = np.asarray(slopes(todo[0])[0])
+        if rows.size and np.linalg.matrix_rank(rows) > np.log2(most):
+            return None
         seen, best, place = set(), -1.0, todo[0]
         while todo:
             x = todo.pop()

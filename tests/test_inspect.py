@@ -23,6 +23,9 @@ DENSE = RNG.standard_normal((8, 5)).astype(np.float32)
 CONV = RNG.standard_normal((3, 3, 2, 4)).astype(np.float32)
 TREE = {"Dense_0": {"kernel": DENSE, "bias": np.ones(5, np.float32)}, "Conv_0": {"kernel": CONV}}
 
+# Orbax leaves loops of its own to the garbage collector, whenever that comes.
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+
 
 def norm(matrix):
     return np.linalg.norm(np.asarray(matrix, np.float64), 2)
@@ -294,7 +297,7 @@ def test_as_a_program_without_any_extra(tmp_path):
     path = made("npz", tmp_path)
     code = """
 import sys
-for name in ("torch", "orbax", "safetensors", "tqdm", "matplotlib"):
+for name in ("torch", "orbax", "safetensors", "matplotlib"):
     sys.modules[name] = None
 from sn_jax.__main__ import main
 sys.exit(main(sys.argv[1:]))

@@ -211,6 +211,7 @@ def traced_functions():
     state = some_state()
     one = sn_jax.init(PARAMS, KEY, VIEWS)
     x = jnp.ones((2, 3))
+    matrix = sn_jax.init({"w": jnp.ones((3, 4))}, KEY)
 
     def loss(params):
         return sum(map(jnp.sum, jax.tree.leaves(sn_jax.spectral_normalize(params, state)[0])))
@@ -231,6 +232,9 @@ def traced_functions():
             lambda w: sn_jax.power_iteration(lambda x: x @ w, jnp.ones(3), 3), jnp.ones((3, 4))),
         "local_lipschitz": (partial(sn_jax.local_lipschitz, jnp.tanh), jnp.ones(3)),
         "gram_iteration": (sn_jax.gram_iteration, jnp.ones((3, 4))),
+        "spectral_stats": (sn_jax.spectral_stats, PARAMS, state),
+        "clip_singular_values": (
+            lambda w: sn_jax.clip_singular_values({"w": w}, matrix), jnp.ones((3, 4))),
     }  # fmt: skip
     for exact in (False, True):
         project = project_spectral_norm(RULES, KEY, exact=exact)
@@ -254,7 +258,9 @@ def traced_functions():
 def test_every_traced_function_lowers_for_every_platform_without_float64():
     functions = traced_functions()
     on_host = {"norm_bounds", "spectral_norm", "lipschitz_bound", "register_lipschitz"}
+    on_host |= {"singular_values", "margin_bounds", "certified_radius"}
     on_host |= {"lipschitz_attack"}  # whose steps are a loop on the host
+    on_host |= {"rms_bound", "flat_scalars"}  # which compute nothing
     public = {name for name in sn_jax.__all__ if name[0].islower()} - on_host
     assert public == {name.partition(",")[0] for name in functions} & public
     for name, (function, *args) in functions.items():

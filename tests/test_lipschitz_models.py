@@ -29,6 +29,10 @@ IMAGE, VECTOR, SIGNAL, MANY = (
 ROUNDING = 1e-5
 
 
+def bounds(fn, x) -> dict[str, float]:
+    return dict(sn_jax.lipschitz_bound(fn, x, progress=False).bounds)
+
+
 def attacked(fn, x, steps=30, scale=1.0) -> float:
     return float(sn_jax.lipschitz_attack(fn, KEY, x, steps, restarts=2, scale=scale).lower)
 
@@ -146,10 +150,11 @@ def test_a_batch_has_the_constant_of_one():
     one, eight = (
         dict(sn_jax.lipschitz_bound(fn, jnp.zeros((n, *IMAGE.shape[1:]))).bounds) for n in (1, 8)
     )
-    assert one.keys() == eight.keys()
-    for name, value in one.items():
+    # What is optimized for each entry is too large for eight.
+    assert one.keys() - eight.keys() == {"tight"}
+    for name, value in eight.items():
         # The ellipsoid is searched for, and the search is shorter the larger the matrices are.
-        np.testing.assert_allclose(eight[name], value, rtol=1e-3 if name == "ellipsoid" else 1e-8)
+        np.testing.assert_allclose(value, one[name], rtol=1e-3 if name == "ellipsoid" else 1e-8)
 
 
 @pytest.mark.parametrize("api", APIS)
@@ -183,12 +188,15 @@ def test_a_converted_torch_network(api):
     x = record["x"]
     np.testing.assert_allclose(as_torch(x), record["eval"], rtol=1e-4, atol=1e-5)
     variables = {"params": params, "batch_stats": {"BatchNorm_0": stats}}
-    found = upper(lambda x: module.apply(variables, x), jnp.zeros((1, 8, 8, 2)))
+    here = bounds(lambda x: module.apply(variables, x), jnp.zeros((1, 8, 8, 2)))
+    found = min(here.values())
     assert found < np.inf
     assert attacked(as_torch, jnp.asarray(x[:1])) <= found * (1 + ROUNDING)
     # x as Flax has it, so that the order of the inputs is not the only difference.
-    there = upper(lambda x: as_torch(x.transpose(0, 3, 1, 2)), jnp.zeros((1, 8, 8, 2)))
-    np.testing.assert_allclose([upper(as_torch, x[:1]), there], found, rtol=1e-9)
+    there = bounds(lambda x: as_torch(x.transpose(0, 3, 1, 2)), jnp.zeros((1, 8, 8, 2)))
+    for other in (bounds(as_torch, x[:1]), there):
+        for name, value in here.items():  # "tight" is searched for
+            np.testing.assert_allclose(other[name], value, rtol=1e-6 if name == "tight" else 1e-9)
 
 
 @pytest.mark.parametrize("architecture", ["cnn", "resnet"])
@@ -197,16 +205,16 @@ def test_the_discriminators_of_the_experiments(architecture):
     variables = model.init(KEY, x)
     views = sn_jax.linen.views(model, variables, x, conv="operator")
     state = sn_jax.init(variables["params"], KEY, views)
-    state = sn_jax.calibrate(variables["params"], state, rtol=1e-4)
+    state = sn_jax.calibrate(variables["params"], state, rtol=1e-4, max_steps=10_000)
     params, _ = sn_jax.spectral_normalize(variables["params"], state, n_steps=0)
     fn = lambda x: model.apply({"params": params}, x)  # noqa: E731
-    bounds = dict(sn_jax.lipschitz_bound(fn, x).bounds)
+    found = bounds(fn, x)
     lower = attacked(fn, x)
-    assert 0 < lower <= min(bounds.values()) * (1 + ROUNDING)
+    assert 0 < lower <= min(found.values()) * (1 + ROUNDING)
     # A chain of maps of norm 1; of a block with its shortcut 2 at most, and of a sum of 4 pixels 2.
     top = {"cnn": 1, "resnet": 2**4 * 2}[architecture]
-    assert bounds["joint"] <= bounds["merged"] <= bounds["product"] <= top * (1 + 1e-3)
-    assert min(bounds.values()) < top / 2
+    assert found["joint"] <= found["merged"] <= found["product"] <= top * (1 + 1e-3)
+    assert min(found.values()) < top / 2
 
 
 def test_the_transformer_example():

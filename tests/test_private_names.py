@@ -25,6 +25,7 @@ REASONS = {
     # JAX, documented, but without its promise of stability (jax.extend, jax.interpreters,
     # jax.core).
     "jax.core.Tracer": "whether a number can be looked at now, or comes with the compiled program",
+    "jax.errors.TracerArrayConversionError": "a center of a ball that is traced has no values yet",
     "jax.core.eval_jaxpr": "runs the program that power_iteration traced",
     "jax.extend.core.ClosedJaxpr": "programs inside a program: of jit, scan and others",
     "jax.extend.core.Jaxpr": "the program of a model, walked to see how it uses its parameters",

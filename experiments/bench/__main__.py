@@ -39,8 +39,8 @@ SUITES = {
     "conv": conv.rows,
     "scaling": scaling.rows,
     "norms": norms.rows,
-    "lipschitz": lipschitz.rows,
     "caps": caps.rows,
+    "lipschitz": lipschitz.rows,
     "comm": comm.rows,
     "gan": gan.rows,
 }
