@@ -374,8 +374,8 @@ class _Vectors:
         others = unit(_combine(mix, fallback, b), 0.0, self.lead)
         for _ in range(2):  # the second time for what rounding has left of rows
             others = others - _combine(_gram(rows, b, others), rows, b)
-        return jnp.where(_expand(_norm(others, self.lead) > 0.1, others),
-                         unit(others, 0.0, self.lead), 0.0)  # fmt: skip
+        others, lengths = _unit_and_length(others, 0.0, self.lead)
+        return jnp.where(_expand(lengths > 0.1, others), others, 0.0)
 
     def finish(self, u: Array, v: Array, z: Array) -> PowerResult:
         """The last half step, given z = A^T u: v from z, then u and sigma from one product."""
