@@ -10,7 +10,7 @@ import math
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -201,6 +201,9 @@ def lipschitz_bound(
             balls = Balls(graph.x, _concrete(centre), radius)
         results.append(_Bounds(graph, rtol, say, started, steps=steps, balls=balls).bound(method))
     found = max(results, key=lambda bound: bound.log_upper)
+    # A platform whose own bound fails may stretch more than the largest of them.
+    failure = sum(bound.failure_probability for bound in results)
+    found = replace(found, failure_probability=failure)
     if radius is not None and found.log_upper > -math.inf:
         # What holds everywhere holds in a ball; a function may have no constant outside of it.
         with contextlib.suppress(ValueError):
@@ -409,7 +412,7 @@ class _Bounds:
         runs: dict[str, tuple[float, list[Op]]] = {}
         blocks: list[Block] = []
         found: Ellipsoid | None = None
-        seconds, started = {}, self.started
+        seconds, failures, started = {}, {}, self.started
         for name in names:
             self.say(name)
             if name in ("product", "merged", "joint"):
@@ -430,14 +433,14 @@ class _Bounds:
                     self.notes.append(f"{name} did not run: too many directions for one matrix.")
             if name in runs:
                 seconds[name] = time.process_time() - started
+                failures[name] = self.failures  # of this one's norms, or what it is the least of
             started = time.process_time()
         best = min(runs, key=lambda name: runs[name][0])
         log_upper, ops = runs[best]
         bounds = tuple((name, _exp(value)) for name, (value, _) in runs.items())
         return LipschitzBound(
             _exp(log_upper), log_upper, best, tuple(ops),
-            0.0 if best == "product" else self.failures * FAILURE, bounds,
-            tuple(seconds.items()), tuple(self.notes),
+            failures[best] * FAILURE, bounds, tuple(seconds.items()), tuple(self.notes),
         )  # fmt: skip
 
     # Domains with a constant for every source.
@@ -475,7 +478,7 @@ class _Bounds:
             return -math.inf, -math.inf
         carry, rest = params["carry"], params["rest"]
         graph = Graph(carry, list(outputs), frozenset(), [])
-        step = _Bounds(graph, self.rtol, self.say)
+        step = _Bounds(graph, self.rtol, self.say, most_entries=self.most_entries)
         found = (step.plain("joint", {carry: 0.0, rest: -math.inf})[0],
                  step.plain("joint", {carry: -math.inf, rest: 0.0})[0])  # fmt: skip
         self.failures += step.failures

@@ -391,6 +391,21 @@ def test_pieces_without_a_matrix(name):
         assert "too small with probability" in str(free)
 
 
+def test_a_step_of_a_loop_that_may_fail_makes_every_bound_one_that_may():
+    """A loop too long to be unrolled is bounded step by step in all domains, product included."""
+
+    def fn(x):
+        step = lambda x, _: (0.1 * LARGE["two convolutions"](x)[..., :3], None)  # noqa: E731
+        return lax.scan(step, x, length=2000)[0]
+
+    graph = _graph.graph_of(fn, np.zeros((1, 6, 6, 3)), "cpu")
+    say = _lipschitz._Progress(False)
+    free = _lipschitz._Bounds(graph, 1e-6, say, most_entries=50).bound("product")
+    assert [name for name, _ in free.bounds] == ["product"]
+    assert free.failure_probability > 0
+    assert _lipschitz._Bounds(graph, 1e-6, say).bound("product").failure_probability == 0
+
+
 def test_products_bound_the_norm_for_most_vectors():
     """It fails no more often than it may, and follows what rounding can hide."""
     matrix = RNG.standard_normal((40, 40))
