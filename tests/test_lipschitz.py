@@ -276,6 +276,12 @@ def test_5_what_is_multiplied_before():
     np.testing.assert_allclose(upper(lambda x: unit(-3 * x)), 6, rtol=1e-6)
     np.testing.assert_allclose(upper(lambda x: -3 * unit(x)), 6, rtol=1e-6)
 
+    def scaled(x):  # of two factors of what is divided, one is in the length
+        return 5 * x / jnp.maximum(jnp.linalg.norm(x), 0.5)
+
+    np.testing.assert_allclose(upper(lambda x: scaled(-x / 2)), 5, rtol=1e-6)
+    np.testing.assert_allclose(upper(lambda x: scaled(0.1 * scaled(x))), 10, rtol=1e-6)
+
 
 def test_6_common_subexpressions():
     fn = lambda x: (A @ x) * jax.nn.sigmoid(A @ x)  # noqa: E731
