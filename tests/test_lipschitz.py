@@ -622,11 +622,44 @@ def test_the_same_network_in_four_frameworks():
     np.testing.assert_allclose(found, found[0], rtol=1e-9)
 
 
-def test_batches_have_the_constant_of_one():
+def _batched():
     rng = np.random.default_rng(0)
-    w1, w2 = rng.standard_normal((4, 6)), rng.standard_normal((6, 2))
-    fn = lambda x: relu(x @ w1) @ w2  # noqa: E731
-    np.testing.assert_allclose(upper(fn, np.zeros((8, 4))), upper(fn, np.zeros((1, 4))), rtol=1e-9)
+    w1, w2, w3 = (rng.standard_normal(shape) / 2 for shape in ((4, 16), (16, 16), (16, 2)))
+    length = lambda x: jnp.sqrt((x**2).mean(-1, keepdims=True) + 0.1)  # noqa: E731
+    return {
+        "relu": lambda x: relu(relu(x @ w1) @ w2) @ w3,
+        "softmax": lambda x: jax.nn.softmax(jax.nn.gelu(x @ w1) @ w2) @ w3,
+        "a norm": lambda x: jnp.tanh(x @ w1) / length(jnp.tanh(x @ w1)) @ w3,
+        "a skip": lambda x: x + jax.nn.gelu(x @ w1) @ w1.T / 3,
+        "max-min": lambda x: jnp.maximum(x @ w1, x @ w2[:4]) - jnp.minimum(x @ w1, 2 * x @ w2[:4]),
+    }
+
+
+@pytest.mark.parametrize("name", _batched())
+def test_batches_have_the_constant_of_one(name):
+    """By every method, and "auto" is as tight: the examples are searched one by one."""
+    fn = _batched()[name]
+    one, eight = (bounds(fn, np.zeros((n, 4))) for n in (1, 8))
+    assert list(one) == list(eight) == [*_lipschitz.METHODS]
+    np.testing.assert_allclose([*eight.values()], [*one.values()], rtol=1e-7)
+
+
+def test_parts_have_the_largest_of_their_constants():
+    rng = np.random.default_rng(1)
+    ws = [(rng.standard_normal((3, 5)), rng.standard_normal((5, 2))) for _ in range(3)]
+    nets = [lambda x, w=w, v=v: relu(x @ w) @ v for w, v in ws]
+    # Numbers among each other, so that nothing but the matrices can tell the parts.
+    order = rng.permutation(9)
+
+    def fn(x):
+        x = x[order]
+        dead = relu(-abs(x[0]) - 1.0) * jnp.ones(2)
+        return jnp.concatenate([net(x[3 * i : 3 * i + 3]) for i, net in enumerate(nets)] + [dead])
+
+    alone = [upper(net, np.zeros(3), "tight") for net in nets]
+    found = upper(fn, np.zeros(9), "tight")
+    assert max(every_slope(v.T, w.T) for w, v in ws) <= found
+    np.testing.assert_allclose(found, max(alone), rtol=1e-6)
 
 
 @pytest.mark.float32
