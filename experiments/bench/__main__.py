@@ -18,6 +18,7 @@ from experiments.bench import (
     memory,
     norms,
     scaling,
+    sngp,
     step,
     tracking,
     transform,
@@ -27,12 +28,13 @@ from experiments.bench.timing import Row
 from experiments.cli import aligned, check_writable, command, provenance, write_text
 
 Suite = Literal[
-    "transform", "step", "compile", "tracking", "memory", "conv", "scaling", "norms", "caps",
-    "lipschitz", "comm", "gan",
+    "transform", "step", "sngp", "compile", "tracking", "memory", "conv", "scaling", "norms",
+    "caps", "lipschitz", "comm", "gan",
 ]  # fmt: skip
 SUITES = {
     "transform": transform.rows,
     "step": step.rows,
+    "sngp": sngp.rows,
     "compile": compile.rows,
     "tracking": tracking.rows,
     "memory": memory.rows,
