@@ -214,22 +214,37 @@ def _searched(x: Any, blocks: Sequence[Block], say: Callable[[str], None]) -> El
     sizes = [block.size for block in blocks]
     # A smaller matrix with the same P^T P.
     matrices = [np.linalg.qr(p)[1] if len(p) > 2 * p.shape[1] else p for p in matrices]
+    cost = sum(8 * len(p) * p.shape[1] ** 2 + 10 * len(p) ** 3 for p in matrices)
 
     def run(thetas):
         return _recursion(x.size, matrices, sizes, thetas)
 
-    cost = sum(8 * len(p) * p.shape[1] ** 2 + 10 * len(p) ** 3 for p in matrices) + 1
-    tries = int(min(400, _EFFORT / cost))
-    thetas = np.ones(len(blocks) - 1)
+    squared, es, lengths = best_of(run, len(blocks) - 1, cost, say)
+    return Ellipsoid(math.inf, lengths, squared, es)
+
+
+def best_of(
+    run: Callable[[np.ndarray], tuple[Any, ...]], n: int, cost: float, say: Callable[[str], None]
+) -> tuple[Any, ...]:
+    """The run with the least first number, of as many as there is effort for.
+
+    Args:
+      run: a recursion with n numbers theta.
+      cost: of a run, in floating-point operations.
+      say: told what is done.
+    """
+    tries, thetas = int(min(400, _EFFORT / (cost + 1))), np.ones(n)
     best = run(thetas)
+    if not n:
+        return best
     for theta in _THETAS[1 : 1 + tries]:
-        found = run(np.full(len(thetas), theta))
+        found = run(np.full(n, theta))
         if found[0] < best[0]:
-            best, thetas = found, np.full(len(thetas), theta)
+            best, thetas = found, np.full(n, theta)
     tries, step = tries - len(_THETAS), 2.0
     while tries > 0 and step > 1.02:
         before = best[0]
-        for i in range(len(thetas)):
+        for i in range(n):
             for factor in (step, 1 / step):
                 trial = thetas.copy()
                 trial[i] *= factor
@@ -241,10 +256,9 @@ def _searched(x: Any, blocks: Sequence[Block], say: Callable[[str], None]) -> El
             say(f"ellipsoid: {math.sqrt(best[0]):.6g}")
             if tries <= 0:
                 break
-        if best[0] > before * (1 - 1e-3):
+        if best[0] >= before * (1 - 1e-3):
             step = math.sqrt(step)
-    squared, es, lengths = best
-    return Ellipsoid(math.inf, lengths, squared, es)
+    return best
 
 
 def _recursion(n_x: int, matrices, sizes, thetas):

@@ -28,6 +28,7 @@ def waves(m: int, n: int) -> np.ndarray:
 A = jnp.asarray(waves(4, 4))
 B = jnp.asarray(np.cos(3 * waves(4, 4)))
 X = np.zeros(4)
+FIRST = np.array([[1.0, 0.0], [0.0, 0.0]])
 IMAGE = np.zeros((1, 8, 8, 1), np.float32)
 relu = jax.nn.relu
 
@@ -642,6 +643,13 @@ def test_batches_have_the_constant_of_one(name):
     one, eight = (bounds(fn, np.zeros((n, 4))) for n in (1, 8))
     assert list(one) == list(eight) == [*_lipschitz.METHODS]
     np.testing.assert_allclose([*eight.values()], [*one.values()], rtol=1e-7)
+
+
+@pytest.mark.parametrize(
+    "fn", [lambda x: (x @ FIRST)[1:], lambda x: (x @ FIRST) @ FIRST[::-1] - x * 0]
+)
+def test_what_is_zero_only_by_its_numbers(fn):
+    assert upper(fn, np.ones(2)) == 0
 
 
 def test_parts_have_the_largest_of_their_constants():
