@@ -21,6 +21,7 @@ from scipy.sparse.linalg import LinearOperator, eigsh
 
 from sn_jax._balls import Balls
 from sn_jax._convolutions import One, TapSum, as_convolution, beside, summed, tap_sums
+from sn_jax._cuts import Step, TooWideError, by_cuts
 from sn_jax._ellipsoid import Block, Ellipsoid, ellipsoid
 from sn_jax._graph import Graph, NoPlatform, graph_of
 from sn_jax._matrix_free import FAILURE, norm_above
@@ -427,10 +428,12 @@ class _Bounds:
                     elif name == "ellipsoid" and blocks:
                         found = ellipsoid(self.graph.x, blocks, self.say)
                         runs[name] = self.moved(found.upper, found.lengths, runs["shift"][1])
+                    elif name == "ellipsoid":
+                        runs[name] = self.by_cuts()
                     elif found and (method == "tight" or found.directions <= _MOST_TIGHT):
                         ends = tight(self.graph.x, blocks, found, self.steps, self.say)
                         runs[name] = self.moved(*ends, runs["shift"][1])
-                except _TooLargeError:
+                except (_TooLargeError, TooWideError):
                     self.notes.append(f"{name} did not run: too many directions for one matrix.")
             if name in runs:
                 seconds[name] = time.process_time() - started
@@ -865,6 +868,27 @@ class _Bounds:
             return total, Block(key, columns, n)
         of_rows = np.tile(np.where(active, of_entries, -1), len(groups))
         return total, Block(key, columns, n, of_rows, of_entries[active])
+
+    def by_cuts(self) -> tuple[float, list[Op]]:
+        """(bound, table) of the ellipsoid where all directions together are too many."""
+        steps, ops = [], []
+        for source in self.sources:
+            shifted = source.linear is not None and source.rest is not None
+            rows = source.rest if shifted and source.rest is not None else source.rows
+            if rows.added or any(row.is_infinite for row in rows.rows):
+                raise _TooLargeError
+            linear = self.columns((source.linear,)) if shifted and source.linear else {}
+            steps.append(Step(source.node, source.node.size, linear, self.columns(rows.rows)))
+            ops.append(Op(source.node.where, source.what, _largest(rows), math.nan))
+        steps.append(Step(None, 0, {}, self.columns(self.outputs.rows)))
+        ops.append(Op("", "output", math.nan, math.nan))
+        return self.moved(*by_cuts(self.graph.x, steps, self.say), ops)
+
+    def columns(self, rows: tuple[Row, ...]) -> dict[Operation, _Map]:
+        maps = self.maps(rows)
+        if maps is None:
+            raise _TooLargeError
+        return maps
 
     def moved(self, upper: float, lengths, ops: list[Op]) -> tuple[float, list[Op]]:
         table = [op._replace(log_bound=_log(length))

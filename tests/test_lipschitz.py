@@ -623,6 +623,59 @@ def test_the_same_network_in_four_frameworks():
     np.testing.assert_allclose(found, found[0], rtol=1e-9)
 
 
+def _chain(sizes, act, skip=False):
+    """(a network without biases, its matrices)."""
+    rng = np.random.default_rng(0)
+    ws = [rng.standard_normal(n) / n[0] ** 0.5 for n in itertools.pairwise(sizes)]
+
+    def fn(x):
+        y = x
+        for w in ws[:-1]:
+            y = act(y @ w) + (y if skip and w.shape[0] == w.shape[1] else 0)
+        return y @ ws[-1]
+
+    return fn, ws
+
+
+def closed_form(ws) -> float:
+    """ECLipsE-Fast (Xu & Sivaranjani 2024, theorem 2) for slopes in [0, 1]."""
+    x = np.eye(len(ws[0]))
+    for w in ws[:-1]:
+        moved = w.T @ np.linalg.inv(x) @ w
+        least = 2 / np.linalg.norm(moved, 2)
+        x = least * np.eye(len(moved)) - least**2 / 4 * moved
+    return float(np.sqrt(np.linalg.norm(ws[-1].T @ np.linalg.inv(x) @ ws[-1], 2)))
+
+
+@pytest.mark.parametrize(
+    "fn",
+    [
+        _chain((4, 8, 8, 3), relu)[0],
+        _chain((4, *[10] * 5, 2), jax.nn.gelu, skip=True)[0],
+        lambda x: jnp.concatenate([_chain((4, 9, 9, 2), jnp.tanh)[0](x), 2 * x]),
+        lambda x: jax.nn.softmax(relu(x @ A) @ B) @ A + relu(-abs(x)),
+        lambda x: lax.top_k(relu(x @ A), 2)[0],
+    ],
+)
+def test_cuts_of_the_graph_hold_the_same_ellipsoid(fn, monkeypatch):
+    whole = bounds(fn, method="ellipsoid")
+    monkeypatch.setattr(_lipschitz, "_MOST_DIRECTIONS", 0)
+    cut = bounds(fn, method="ellipsoid")
+    assert "shift" not in cut
+    np.testing.assert_allclose(cut["ellipsoid"], whole["ellipsoid"], rtol=1e-3)
+
+
+@pytest.mark.parametrize("sizes", [(20, *[100] * 40, 5), (6, 1300, 1300, 1300, 3)])
+def test_networks_too_large_for_one_matrix(sizes):
+    """The closed form, from which the search for better numbers starts."""
+    fn, ws = _chain(sizes, relu)
+    found = sn_jax.lipschitz_bound(fn, np.zeros(sizes[0]), method="tight", progress=False)
+    assert found.method == "ellipsoid"
+    assert found.upper <= closed_form(ws) * (1 + 1e-6)
+    assert found.upper >= stretch(fn, np.full(sizes[0], 0.1))
+    assert len(found.ops) == len(ws)
+
+
 def _batched():
     rng = np.random.default_rng(0)
     w1, w2, w3 = (rng.standard_normal(shape) / 2 for shape in ((4, 16), (16, 16), (16, 2)))
