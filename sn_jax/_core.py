@@ -144,7 +144,7 @@ def spectral_normalize(
     *,
     n_steps: int | Array = 1,
     bound: Norms = 1.0,
-    mode: Literal["divide", "clip"] = "divide",
+    mode: Literal["divide", "clip", "certified"] = "divide",
     gradient: Literal["through", "stop"] = "through",
 ) -> tuple[Params, State]:
     r"""Divide each parameter in ``state`` by its spectral norm, after ``n_steps`` of iteration.
@@ -188,8 +188,9 @@ def spectral_normalize(
        [0.  1. ]]
     """
     n_steps = _power.as_steps(n_steps)
+    modes = ("divide", "clip", "certified")
     leaves = normalized_leaves(
-        params, state, n_steps=n_steps, bound=bound, mode=mode, gradient=gradient
+        params, state, n_steps=n_steps, bound=bound, mode=mode, gradient=gradient, modes=modes
     )
     changed = {path: leaf.scaled for path, leaf in leaves.items()}
     if isinstance(n_steps, jax.Array) or n_steps > 0:
@@ -213,15 +214,30 @@ class Leaf(NamedTuple):
         return self._replace(scaled=self.scaled.astype(dtype))
 
 
-def normalized_leaves(params: Params, state: State, *, n_steps, bound, mode, gradient):
-    """Path -> Leaf, as ``spectral_normalize`` says, after ``n_steps`` that are an int or traced."""
-    if mode not in ("divide", "clip"):
-        raise ValueError(f'mode must be "divide" or "clip"; got {mode!r}.')
+def normalized_leaves(
+    params: Params, state: State, *, n_steps, bound, mode, gradient, modes=("divide", "clip")
+):
+    """Path -> Leaf, as ``spectral_normalize`` says, after ``n_steps`` that are an int or traced.
+
+    What it wraps may multiply the product instead of the kernel, or cast the kernel once more: no
+    certificate holds then, and ``modes`` leaves it out.
+    """
+    if mode not in modes:
+        named = " or ".join(f'"{mode}"' for mode in modes)
+        hint = ""
+        if mode == "certified":
+            hint = "; that one is of sn_jax.spectral_normalize(params, state) alone"
+        raise ValueError(f"mode must be {named}; got {mode!r}{hint}.")
     if gradient not in ("through", "stop"):
         raise ValueError(f'gradient must be "through" or "stop"; got {gradient!r}.')
     static = n_steps if isinstance(n_steps, int) else None
     weights = weights_of(params, state)
     bounds = _bounds.by_path(bound, state)
+    if mode == "certified":
+        from sn_jax import _certified  # on first use, since it imports SciPy
+
+        for path, w in weights.items():
+            _certified.check(path, w, state[path].view)
     return {
         path: Leaf(w, *_normalize(
             w, state[path], bounds[path], n_steps if static is None else None,
@@ -412,18 +428,23 @@ def _start(w, seed, *, view, n_vectors, warmup):
 def _normalize(w, singular, bound, traced_steps, *, static_steps, mode, gradient):
     n_steps = static_steps if traced_steps is None else traced_steps
     sigma, u, v = _run(_power.iterate, w, singular, n_steps=n_steps)
-    value, factor = _factor(sigma, bound, mode, gradient)
+    value, factor = _factor(sigma, bound, mode, gradient, w, singular.view)
     if traced_steps is not None:
         value = jnp.where(n_steps > 0, value, singular.sigma)
     return singular.view.scale(w, factor), factor, _updated(singular, value, u, v)
 
 
-def _factor(sigma, bound, mode, gradient):
+def _factor(sigma, bound, mode, gradient, w, view):
     """(sigma held constant, what to multiply by for a norm of ``bound``)."""
     value = lax.stop_gradient(sigma)
     tiny = jnp.finfo(value.dtype).tiny
     safe = jnp.where(value < tiny, jnp.ones_like(value), value)
-    factor = jnp.asarray(bound, value.dtype) / safe
+    if mode == "certified":
+        from sn_jax import _certified
+
+        factor = _certified.factor(w, bound, view)
+    else:
+        factor = jnp.asarray(bound, value.dtype) / safe
     # For weights this large the factor is a subnormal number, which processors flush to zero.
     factor = jnp.where(factor < tiny, jnp.nan, factor)
     if gradient == "through":

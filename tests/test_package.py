@@ -23,7 +23,7 @@ FLOORS = [
     {"_views", "_functions"},
     {"_operator", "_serial", "_symbols", "_trace", "_nnx", "_jets"},
     {"_rules", "_power", "_banded", "_matrix_free", "_ellipsoid", "_slopes"},
-    {"_bounds", "_norms", "_pieces", "_tight"},
+    {"_bounds", "_certified", "_norms", "_pieces", "_tight"},
     {"_core", "_patterns", "_balls", "_operation_norms", "_convolutions"},
     {"_sources", "_caps", "_spectra"},
     {"_flax", "_inspect", "transforms", "convert", "testing", "_graph"},
