@@ -3,14 +3,15 @@
 Here belongs what is proved in the program's own arithmetic, under ``jit``: matrix products alone,
 and beside each what its rounding can have hidden. The host's brackets in float64 are in ``_norms``.
 
-The bound is that of repeated squaring (Delattre et al. 2023, algorithm 1): ``|A|^2 = |A^H A|``, so
-that with ``G_0 = A`` and ``G_t = G_(t-1)^H G_(t-1)`` the norm is at most ``|G_t|_F^(1 / 2^t)``. Each
-product errs in norm by ``gamma_n`` times the square of ``| |G| |_2``, in whatever order it is summed
-(Higham 2002, equation 3.5). What it errs by is added before the root is taken that leads from
-``G_t`` back to ``G_(t-1)``, and each root halves it, so that only the first products matter.
+The bound is that of repeated squaring (Delattre et al. 2023): ``|A|^2 = |A^H A|``, so that with
+``G_0 = A`` and ``G_t = G_(t-1)^H G_(t-1)`` the norm is at most ``|G_t|_F^(1 / 2^t)``. Each product
+errs in norm by ``gamma_n`` times the square of ``| |G| |_2``, in whatever order it is summed
+(Higham 2002, equation 3.5). That is added before the root is taken that leads from ``G_t`` back
+to ``G_(t-1)``, and each root halves it, so that only the first products matter.
 """
 
 import math
+from dataclasses import replace
 from typing import NamedTuple
 
 import jax
@@ -82,9 +83,10 @@ def _factor(w: Array, c: Array, view: View, stored) -> Array:
     # What rounding the scaled kernel can add: relative to each entry, and where it is subnormal.
     # Processors may flush subnormal numbers to zero, also those that come in.
     relative = 0.51 * float(stored.eps) + 8 * unit
-    absolute = 2 * max(float(stored.smallest_subnormal), tiny) * found.ones * max(largest, 1.0)
-    norm = found.norm + relative * found.absolute + jnp.ldexp(absolute, -exponent)
-    below = jnp.maximum(c * (1 - 16 * unit) - absolute, 0)
+    least = max(float(stored.smallest_subnormal), tiny) * max(largest, 1.0)
+    flushed = jnp.asarray(2 * least * found.ones, w.dtype)
+    norm = found.norm + relative * found.absolute + jnp.ldexp(flushed, -exponent)
+    below = jnp.maximum(c * (1 - 16 * unit) - flushed, 0)
     # Too small is no harm, and infinity would be.
     result = jnp.minimum(jnp.ldexp(below / norm, -exponent), float(jnp.finfo(w.dtype).max))
     result = jnp.where(peak < tiny, jnp.broadcast_to(c, result.shape), result)
@@ -115,7 +117,7 @@ def _matrices(view: Matrix, w: Array):
         if x.size == 0:
             zero = jnp.zeros(lead, x.dtype)
             return _Bounded(zero, zero, 1.0)
-        return _Bounded(_above(x, _SQUARINGS), _size(x), math.sqrt(m * n) * (1 + 1e-6))
+        return _Bounded(_above(x), _size(x), math.sqrt(m * n) * (1 + 1e-6))
 
     return w.transpose(*batch, *ins, *outs).reshape(*lead, m, n), bounded
 
@@ -130,7 +132,7 @@ def _kernels(view: Conv, w: Array):
     stack = jnp.moveaxis(w, batch, range(len(batch)))
     lead, kernel = stack.shape[: len(batch)], stack.shape[len(batch) :]
     with jax.ensure_compile_time_eval():  # they are read off concrete maps
-        lattices = lattices_of(view, kernel)
+        lattices = lattices_of(replace(view, batch_axes=None), kernel)
     n, stretch = len(lattices), math.prod(x.factor for x in lattices) * (1 + 1e-6)
     sizes = [x.size for x in lattices]
     sizes[-1] = sizes[-1] // 2 + 1  # frequencies come in conjugate pairs
@@ -159,7 +161,7 @@ def _kernels(view: Conv, w: Array):
         waved = taps.astype(jnp.result_type(taps.dtype, jnp.complex64))
 
         def largest(wave):
-            return jnp.max(_above(_symbols(waved, [wave[None], *waves[1:]]), _SQUARINGS))
+            return jnp.max(_above(_symbols(waved, [wave[None], *waves[1:]])))
 
         first = jnp.asarray(waves[0], waved.dtype)
         return jnp.max(lax.map(largest, first, batch_size=rows)) + hidden * absolute, absolute
@@ -182,25 +184,30 @@ def _symbols(taps: Array, waves: list) -> Array:
     return taps.reshape(*shape[:n], math.prod(shape[n : 2 * n]), math.prod(shape[2 * n :]))
 
 
-def _above(a: Array, steps: int) -> Array:
-    """At least the norms of (*b, m, n), by so many squarings."""
-    size = _size(a)
-    if steps == 0:
-        return size
-    # Powers of two alone, since these round nothing that could be seen.
-    _, exponent = jnp.frexp(size)
-    scale = jnp.ldexp(jnp.ones_like(size), -exponent)[..., None, None]
-    gram, hidden = _gram(a * scale.astype(a.dtype))
-    root = jnp.sqrt(_above(gram, steps - 1) + hidden) * (1 + 8 * _unit(a.dtype))
-    return jnp.ldexp(root, exponent)
+def _above(a: Array) -> Array:
+    """At least the norms of (*b, m, n)."""
+    real, unit = jnp.finfo(a.dtype).dtype, _unit(a.dtype)
+
+    def squared(a, _=None):
+        # Divided by powers of two alone, since these round nothing that could be seen.
+        _, exponent = jnp.frexp(_size(a))
+        scale = jnp.ldexp(jnp.ones(exponent.shape, real), -exponent)[..., None, None]
+        return _gram(a * scale.astype(a.dtype)), exponent
+
+    def root(norm, exponent, hidden):
+        return jnp.ldexp(jnp.sqrt(norm + hidden) * (1 + 8 * unit), exponent)
+
+    gram, first = squared(a)
+    last, others = lax.scan(squared, gram, None, length=_SQUARINGS - 1)
+    hidden = _gram_error(gram)
+    norm, _ = lax.scan(lambda x, e: (root(x, e, hidden), None), _size(last), others, reverse=True)
+    return root(norm, first, _gram_error(a))
 
 
-def _gram(a: Array) -> tuple[Array, float]:
-    """``A^H A`` or ``A A^H``, the smaller, of (*b, m, n) with ``| |A| |_2 <= 1``, and the norm of
-    what rounding hides in it."""
+def _gram(a: Array) -> Array:
+    """``A^H A`` or ``A A^H``, the smaller, of (*b, m, n)."""
     a = a if a.shape[-1] <= a.shape[-2] else jnp.matrix_transpose(a)
-    chunks = -(-a.shape[-2] // _ROWS)
-    rows = -(-a.shape[-2] // chunks)
+    chunks, rows = _chunks(a)
 
     def product(i):
         part = lax.dynamic_slice_in_dim(a, i * rows, rows, -2)
@@ -212,13 +219,23 @@ def _gram(a: Array) -> tuple[Array, float]:
         return lax.complex(_product(both, both), mixed - jnp.matrix_transpose(mixed))
 
     if chunks == 1:
-        gram = product(0)
-    else:
-        a = jnp.pad(a, [(0, 0)] * (a.ndim - 2) + [(0, chunks * rows - a.shape[-2]), (0, 0)])
-        gram = lax.fori_loop(1, chunks, lambda i, total: total + product(i), product(0))
+        return product(0)
+    a = jnp.pad(a, [(0, 0)] * (a.ndim - 2) + [(0, chunks * rows - a.shape[-2]), (0, 0)])
+    return lax.fori_loop(1, chunks, lambda i, total: total + product(i), product(0))
+
+
+def _chunks(a: Array) -> tuple[int, int]:
+    """(how many chunks, how many rows in each) of the longer side."""
+    chunks = -(-max(a.shape[-2:]) // _ROWS)
+    return chunks, -(-max(a.shape[-2:]) // chunks)
+
+
+def _gram_error(a: Array) -> float:
+    """The norm of what rounding hides in ``_gram`` of an A with ``| |A| |_2 <= 1``."""
+    chunks, rows = _chunks(a)
     if jnp.iscomplexobj(a):
-        return gram, math.sqrt(2) * _gamma(2 * rows + chunks + 16, a.dtype)
-    return gram, _gamma(rows + chunks + 16, a.dtype)
+        return math.sqrt(2) * _gamma(2 * rows + chunks + 16, a.dtype)
+    return _gamma(rows + chunks + 16, a.dtype)
 
 
 def _product(a: Array, b: Array) -> Array:
