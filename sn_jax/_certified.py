@@ -158,7 +158,7 @@ def _kernels(view: Conv, w: Array):
         taps = grouped(kernel, view)
         hidden = _gamma(sum(3 * size + 48 for size in taps.shape[:n]), taps.dtype)
         absolute = (1 + hidden) * jnp.max(_size(_symbols(jnp.abs(taps), counts)))
-        waved = taps.astype(jnp.result_type(taps.dtype, jnp.complex64))
+        waved = lax.complex(taps, jnp.zeros_like(taps))
 
         def largest(wave):
             return jnp.max(_above(_symbols(waved, [wave[None], *waves[1:]])))
