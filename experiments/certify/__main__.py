@@ -104,6 +104,7 @@ def run_attack(config: Config) -> int:
 def run_mode_attack(config: Config) -> int:
     """Attack, write mode-attack.json, print the table; 1 if a norm lies above its bound."""
     results = in_program.attack(config.cases or 10_000, config.seed, progress=config.progress)
+    results["costs"] = in_program.costs(progress=config.progress)
     path = config.out / "mode-attack.json"
     write_text(path, json.dumps(results | provenance(), indent=1))
     print(in_program.report(results))
