@@ -95,16 +95,26 @@ def test_what_is_rounded_is_what_is_bounded(dtype, slack):
     assert np.all((norms <= C * (1 + 1e-13)) & (norms >= C * (1 - slack)))
 
 
-def test_the_bound_covers_the_rounding_of_its_products():
-    """In a precision so low that the rounding would show, were it not added."""
+@pytest.mark.parametrize("imaginary", [0, 1j])
+def test_the_bound_covers_the_worst_rounding_of_its_products(imaginary, monkeypatch):
+    """As if each product erred by all that it may, in an arithmetic of four digits."""
+    monkeypatch.setattr(_certified, "_unit", lambda dtype: 1e-4)
+    exact = _certified._product
+
+    def product(a, b):
+        return exact(a, b) - _certified._gamma(len(a), a.dtype) * exact(jnp.abs(a), jnp.abs(b))
+
+    monkeypatch.setattr(_certified, "_product", product)
     rng = np.random.default_rng(2)
-    w = rng.integers(1, 256, (3000, 7, 5)) / 2.0**8  # of 8 bits, all of one sign
-    w[1000:] *= rng.choice([-1, 1], (2000, 7, 5))
-    w[2000:] = np.round(w[2000:, :1] * rng.random((1000, 7, 1)) * 2) / 2
-    a = jnp.asarray(w, jnp.bfloat16)
-    above = np.asarray(jax.jit(_certified._above)(a)).astype(float)
-    true = np.linalg.norm(np.asarray(a).astype(float), 2, (-2, -1))
-    assert np.all(above >= true)
+    for a in (np.ones((40, 30)), np.abs(rng.standard_normal((40, 30))), np.ones((600, 3))):
+        above = _certified._above(jnp.asarray(a + imaginary * a))
+        assert above >= np.linalg.norm(a + imaginary * a, 2)
+
+
+def test_rounding_of_the_result_may_all_go_one_way():
+    c = np.linspace(1, 2, 16, dtype=np.float32)
+    out = normalized(jnp.ones((16, 4, 3), jnp.bfloat16), sn_jax.Matrix(), jnp.asarray(c))
+    assert np.all(np.linalg.norm(out.astype(float), 2, (-2, -1)) <= c)
 
 
 def test_zero_stays_zero_and_what_is_not_finite_shows():
