@@ -88,6 +88,7 @@ def test_the_functional_api_knows_no_mesh():
 # Rooms with no public name of their own, and the test of each.
 ROOMS_TESTED_ALONE = {
     "fuzz_slopes.py": {"_scalar", "_slopes"},
+    "test_certified.py": {"_certified"},
     "test_convolutions.py": {"_graph", "_lipschitz"},
     "test_lipschitz.py": {"_graph", "_lipschitz", "_matrix_free"},
     "test_slopes.py": {"_functions", "_jets", "_scalar", "_slopes"},
