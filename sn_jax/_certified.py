@@ -73,6 +73,7 @@ def _factor(w: Array, c: Array, view: View, stored) -> Array:
     while isinstance(view, Scaled):
         largest *= float(np.max(np.abs(view.factor), initial=0))
         w, view = view.effective(w), view.view
+    assert isinstance(view, Matrix | Conv)  # check
     stack, bounded = _matrices(view, w) if isinstance(view, Matrix) else _kernels(view, w)
     lead = view.batch_shape(w.shape)
     axes = tuple(range(len(lead), stack.ndim))
@@ -140,7 +141,7 @@ def _kernels(view: Conv, w: Array):
         [responses(*each) for each in zip(lattices, frequencies, kernel[:n], strict=True)]
         for frequencies in (sizes, [1] * n)
     )
-    counts = [count.real for count in counts]
+    counts = [np.real(count) for count in counts]
     ones = math.prod(float(np.linalg.norm(count.sum(-1))) for count in counts)
     per_row = math.prod(wave[0].size for wave in waves) * math.prod(sizes[1:]) * kernel[-1]
     rows = max(1, _ENTRIES // max(1, per_row * kernel[-2] // math.prod(kernel[:n])))

@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import lru_cache, partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -266,7 +266,7 @@ def responses(lattice: Lattice, count: int, n_taps: int) -> np.ndarray:
     low, high = (int(end(lattice.shift, initial=0)) for end in (np.min, np.max))
     waves = _waves(lattice.size, count, low, high - low + 1)
     out = np.zeros((count, lattice.n_q, lattice.n_p, n_taps), complex)
-    where = slice(None), lattice.q, lattice.p, lattice.tap
+    where: Any = slice(None), lattice.q, lattice.p, lattice.tap
     np.add.at(out, where, waves[:, lattice.shift - low])
     return out
 
