@@ -77,6 +77,15 @@ def nnx_loaded(shape=(3, 4), views=None):
     return sn_jax.nnx.load_state(wrapped(store_v=True), params, init(views, params))
 
 
+def certified(view, w):
+    return normalize({"w": w}, {"w": view}, mode="certified")[0]["w"]
+
+
+def on_one_device(function):
+    mesh = jax.make_mesh((1,), ("d",), axis_types=(jax.sharding.AxisType.Auto,))
+    return jax.shard_map(function, mesh=mesh, in_specs=P("d"), out_specs=P("d"))
+
+
 def projected(params):
     project = project_spectral_norm({"w": Matrix()}, KEY, exact=True)
     return project.update(params, project.init(params), params)
@@ -103,7 +112,19 @@ TABLE = {
         lambda: init({"enc/kernel": Matrix(0, 5)}),
         ["enc/kernel", "(3, 2)", "axis 5"],
     ),
-    "an unknown mode": (lambda: normalize(mode="cap"), ["'cap'", '"divide"', '"clip"']),
+    "an unknown mode": (lambda: normalize(mode="cap"), ["'cap'", '"divide"', '"certified"']),
+    "a certificate of any linear map": (
+        lambda: certified(Linear(jnp.multiply, (2, 2)), ones(2, 2)),
+        ["w of shape (2, 2)", "Matrix and Conv alone", "norm_bounds"],
+    ),
+    "a certificate of a block": (
+        lambda: on_one_device(functools.partial(certified, Matrix(split=P("d"))))(ones(2, 2)),
+        ["w of shape (2, 2)", "one block", "outside of shard_map"],
+    ),
+    "a certificate in a wrapper": (
+        lambda: of_dense(mode="certified"),
+        ["'certified'", '"divide" or "clip"', "sn_jax.spectral_normalize"],
+    ),
     "an unknown gradient": (lambda: normalize(gradient="none"), ["'none'", '"stop"']),
     "rtol 0": (lambda: sn_jax.calibrate(PARAMS, init(), rtol=0.0), ["rtol", "> 0", "0.0"]),
     "a state of another model": (

@@ -23,7 +23,7 @@ FLOORS = [
     {"_views", "_functions"},
     {"_operator", "_serial", "_symbols", "_trace", "_nnx", "_jets"},
     {"_rules", "_power", "_banded", "_matrix_free", "_ellipsoid", "_slopes"},
-    {"_bounds", "_norms", "_pieces", "_tight", "_cuts"},
+    {"_bounds", "_certified", "_norms", "_pieces", "_tight", "_cuts"},
     {"_core", "_patterns", "_balls", "_operation_norms", "_convolutions"},
     {"_sources", "_caps", "_spectra"},
     {"_flax", "_inspect", "transforms", "convert", "testing", "_graph"},
@@ -88,6 +88,7 @@ def test_the_functional_api_knows_no_mesh():
 # Rooms with no public name of their own, and the test of each.
 ROOMS_TESTED_ALONE = {
     "fuzz_slopes.py": {"_scalar", "_slopes"},
+    "test_certified.py": {"_certified"},
     "test_convolutions.py": {"_graph", "_lipschitz"},
     "test_lipschitz.py": {"_graph", "_lipschitz", "_matrix_free"},
     "test_slopes.py": {"_functions", "_jets", "_scalar", "_slopes"},

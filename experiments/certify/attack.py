@@ -137,7 +137,7 @@ def attack(
     return {
         "n_cases": n_cases,
         **options,
-        "n_configs_used": len({_problem(i, n_configs, large) for i in range(n_cases)}),
+        "n_configs_used": len({problem_of(i, n_configs, large) for i in range(n_cases)}),
         "n_found": {name: len(rows) for name, rows in found.items()},
         **found,
         "table": _rows(families, "family"),
@@ -155,14 +155,13 @@ def make_case(index: int, *, seed: int, n_configs: int = 200, large: bool = True
       index: of the case.
       seed, n_configs, large: of the attack.
     """
-    problem = _problem(index, n_configs, large)
+    problem = problem_of(index, n_configs, large)
     rng = np.random.default_rng([seed, index])
     rtol = float(rng.choice(RTOLS))
     if problem.separable:
         kind, w, sigma = _separable(rng, problem)
         return Case(problem, kind, w, rtol, sigma)
-    kind, w = _values(rng, problem)
-    w = _scaled(rng, w, str(rng.choice(DTYPES)), kind)
+    kind, w = kernel_of(rng, problem)
     return Case(problem, kind, w, rtol, oracle.norms(w, problem.view))
 
 
@@ -305,6 +304,14 @@ def _rows(groups: dict[tuple[str, float], list[tuple[float, float]]], name: str)
 
 
 # --- Values ---------------------------------------------------------------------------------
+
+
+def kernel_of(
+    rng: np.random.Generator, problem: Problem, dtype: str | None = None
+) -> tuple[str, np.ndarray]:
+    """(kind, kernel) of one of ``DTYPES``, by default of any."""
+    kind, w = _values(rng, problem)
+    return kind, _scaled(rng, w, dtype or str(rng.choice(DTYPES)), kind)
 
 
 def _values(rng: np.random.Generator, problem: Problem) -> tuple[str, np.ndarray]:
@@ -484,7 +491,7 @@ def _separable(rng: np.random.Generator, problem: Problem) -> tuple[str, np.ndar
 # --- Views and shapes -------------------------------------------------------------------------
 
 
-def _problem(index: int, n_configs: int, large: bool) -> Problem:
+def problem_of(index: int, n_configs: int, large: bool) -> Problem:
     """The problem of a case: huge and large ones now and then, else the pool in turn."""
     if large and index % HUGE_EVERY == HUGE_EVERY - 1:
         return _HUGE[index // HUGE_EVERY % len(_HUGE)]
