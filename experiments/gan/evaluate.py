@@ -108,8 +108,7 @@ def quality(
       judge: from ``train_classifier``.
       fake: generated images, (n_fake, h, w, c) in [-1, 1].
       train: real images that the judge and the generator were trained on, likewise.
-      test: held-out real images, likewise.
-      test_labels: (n_test,), integers.
+      test, test_labels: held-out real images, likewise, and their classes (n_test,).
     """
     n = min(len(fake), len(train), len(test))
     fake_probabilities, fake_features = judge(fake)
