@@ -83,11 +83,7 @@ def command(
 
 
 def in_folder(run: Callable[[T], int]) -> Callable[[T], int]:
-    """What runs in the output folder that its options name, ``out``: it is made first.
-
-    Raises:
-      UserError: (when called) it cannot be written.
-    """
+    """What runs in the folder that its options name, ``out``: it is made first, or UserError."""
 
     def made(options: T) -> int:
         with usable(options.out):
@@ -110,11 +106,7 @@ def usable(folder: Path, option: str = "--out") -> Iterator[None]:
 
 
 def check_writable(path: Path) -> None:
-    """Before minutes of work, not after.
-
-    Raises:
-      UserError: the file cannot be written.
-    """
+    """Raises UserError where the file cannot be: before minutes of work, not after."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(path, "ab"):
@@ -132,12 +124,8 @@ def check_seed(seed: int) -> None:
 
 
 def check_positive(options: Any, whole: Sequence[str] = (), real: Sequence[str] = ()) -> None:
-    """Check the options of these names; None passes.
-
-    Args:
-      options: whose attributes they are.
-      whole: names of numbers that are at least 1.
-      real: names of numbers that are positive and finite.
+    """Check the attributes of these names: numbers that are at least 1, or just positive and
+    finite; None passes.
 
     Raises:
       ValueError: one is not.
@@ -221,10 +209,9 @@ def write_rows(path: Path, rows: list[dict[str, Any]], **options: Any) -> list[d
     return rows
 
 
-def read_rows(out: Path, name: str = "metrics.jsonl") -> list[dict[str, Any]]:
-    """The rows of a file in a folder; a last one that a kill cut short is left out."""
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The rows of a file, if it is there; a last one that a kill cut short is left out."""
     rows = []
-    path = out / name
     for line in path.read_text().splitlines() if path.exists() else []:
         try:
             rows.append(json.loads(line))
@@ -243,7 +230,7 @@ def resumed(
       jobs: name -> what makes the row.
       key: from a row to the name of its job.
     """
-    known = {key(row): row for row in write_rows(path, read_rows(path.parent, path.name))}
+    known = {key(row): row for row in write_rows(path, read_rows(path))}
     with path.open("a") as file:
         for name, job in jobs.items():
             if name not in known:

@@ -95,12 +95,8 @@ def _relative(found: Any, expected: Any) -> float:
 
 
 def library(kernels: dict[str, np.ndarray]) -> dict[str, Any]:
-    """Norms and gradients of all kernels, of random and of constant ones.
-
-    Args:
-      kernels: a random one by the name of each view, with its singular vectors "u of ..." and
-        "v of ...".
-    """
+    """Norms and gradients of all kernels, of constant ones and of those given: a random one by the
+    name of each view, with its singular vectors "u of ..." and "v of ..."."""
     params = {name: jnp.asarray(kernels[name]) for name in VIEWS}
     params |= {f"constant {name}": jnp.full(w.shape, COHERENT, w.dtype)
                for name, w in params.items()}  # fmt: skip

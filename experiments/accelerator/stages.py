@@ -27,7 +27,7 @@ from experiments.cli import UserError
 from experiments.data import SOURCES
 from experiments.data.fetch import Source
 from experiments.gan import table2
-from experiments.gan.loop import Paused, saved_steps
+from experiments.gan.loop import Paused, read_rows, saved_steps
 from experiments.gan.networks import fitting_size
 from experiments.gan.run import open_folder, run
 from experiments.gan.train import PRESETS, Config
@@ -187,13 +187,13 @@ def train(config: Config, task: Task) -> Outcome:
 
 def steps_per_second(out: Path) -> float | None:
     """The median over a run's rows, without its first, which has the compilation; None before."""
-    speeds = [row["steps_per_second"] for row in cli.read_rows(out)]
+    speeds = [row["steps_per_second"] for row in read_rows(out)]
     return float(np.median(speeds[1:] or speeds)) if speeds else None
 
 
 def training_numbers(config: Config, out: Path) -> dict[str, Any]:
     """How far a run is, its speed, and all of its FIDs."""
-    rows, fids, speed = cli.read_rows(out), cli.read_rows(out, "fid.jsonl"), steps_per_second(out)
+    rows, fids, speed = read_rows(out), read_rows(out, "fid.jsonl"), steps_per_second(out)
     step = rows[-1]["step"] if rows else 0
     said = [f"{step:,} of {config.steps:,} steps"]
     said += [f"{speed:.1f} a second"] if speed else []
@@ -221,7 +221,7 @@ def training_numbers(config: Config, out: Path) -> dict[str, Any]:
 def progress_of(folder: Path) -> list[int]:
     """Numbers that grow if a start of a stage has done anything that is kept."""
     run, rows = folder / "run", folder / "rows.json"
-    return [max(saved_steps(run), default=0), len(cli.read_rows(run, "fid.jsonl")),
+    return [max(saved_steps(run), default=0), len(read_rows(run, "fid.jsonl")),
             len(cli.read_json(rows)) if rows.exists() else 0]  # fmt: skip
 
 

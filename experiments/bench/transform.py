@@ -95,13 +95,8 @@ def against_floor(case: str, seconds: dict, large: bool, backward: bool) -> list
 
 
 class Program:
-    """A jitted step that writes its results over those of its last call.
-
-    Args:
-      step: (*arguments, state) -> (results, state).
-      arguments: the same at every call.
-      state: the first one.
-    """
+    """A jitted step, (*arguments, state) -> (results, state), that writes its results over those
+    of its last call. The arguments are the same at every call; ``state`` is the first one."""
 
     def __init__(self, step: Callable, arguments: tuple, state: Any = ()):
         def donated(last, *arguments):

@@ -42,11 +42,8 @@ class Step:
 def contenders(model: nn.Module, x: jax.Array) -> dict[str, Step]:
     """The same model without SN, and with it in three ways from the same ``u``.
 
-    "sn_jax" is the model as it is with spectral_normalize around it; "sn_jax.linen" and
+    "sn_jax" is the model, one of ``models``, with spectral_normalize around it; "sn_jax.linen" and
     "flax.linen" wrap its layers.
-
-    Args:
-      model: one of ``models``, with any ``wrap``.
     """
     plain, ours, flaxs = (
         model.clone(wrap=wrap) for wrap in (models.plain, models.by_sn_jax, models.by_flax)

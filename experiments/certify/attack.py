@@ -324,17 +324,13 @@ def _orthogonal(rng, shape):
     return q if rows >= columns else q.T
 
 
-def _with_spectrum(rng, shape, spectrum):
-    n = min(shape)
-    return (_orthogonal(rng, (shape[0], n)) * spectrum) @ _orthogonal(rng, (n, shape[1]))
-
-
 def _tied(rng, shape):
     """The two or more largest singular values equal, or a gap of 1e-12 to 1e-2 apart."""
-    spectrum = rng.uniform(0, 1, min(shape))
+    n = min(shape)
+    spectrum = rng.uniform(0, 1, n)
     spectrum[: int(rng.integers(2, 6))] = 1.0
     spectrum[:1] += rng.choice([0, 10.0 ** -rng.integers(2, 13)])
-    return _with_spectrum(rng, shape, spectrum)
+    return (_orthogonal(rng, (shape[0], n)) * spectrum) @ _orthogonal(rng, (n, shape[1]))
 
 
 def _rank_deficient(rng, shape):
@@ -378,10 +374,6 @@ def _permutation(rng, shape):
     return w
 
 
-def _sparse(rng, shape):
-    return rng.standard_normal(shape) * (rng.random(shape) < 0.1)
-
-
 def _alternating(rng, shape):
     """The highest frequency, which is on no grid of odd size."""
     rows, columns = np.ogrid[: shape[0], : shape[1]]
@@ -401,7 +393,7 @@ _KINDS = {
     "one huge entry": _one_huge,
     "graded": _graded,
     "permutation": _permutation,
-    "sparse": _sparse,
+    "sparse": lambda rng, shape: rng.standard_normal(shape) * (rng.random(shape) < 0.1),
     "extreme scale": lambda rng, shape: rng.standard_normal(shape),
     "zero": lambda rng, shape: np.zeros(shape),
 }

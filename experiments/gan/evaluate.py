@@ -35,14 +35,8 @@ class Classifier(nn.Module):
 def train_classifier(images: np.ndarray, labels: np.ndarray) -> Judge:
     """Train the classifier, always with the same seed: one judge for every run.
 
-    Fifteen passes over the images in batches of 64, but at most a thousand batches.
-
-    Args:
-      images: uint8, (n, h, w, c).
-      labels: (n,), integers from 0.
-
-    Returns:
-      A function from images to class probabilities (n, n_classes) and features (n, 64).
+    Fifteen passes over the images, uint8 (n, h, w, c), in batches of 64, but at most a thousand
+    batches. The judge makes class probabilities (n, n_classes) and features (n, 64) of images.
     """
     classifier = Classifier(int(labels.max()) + 1)
     rng = np.random.default_rng(0)

@@ -6,8 +6,9 @@ from typing import Any
 
 import numpy as np
 
-from experiments.cli import UserError, read_rows, write_rows
+from experiments.cli import UserError, write_rows
 from experiments.gan.evaluate import generated
+from experiments.gan.loop import read_rows
 from experiments.gan.train import Config, Data, State, Training
 from experiments.metrics import PROTOCOLS, evaluate
 from experiments.metrics.weights import inception_params

@@ -19,8 +19,8 @@ import orbax.checkpoint as ocp
 from jax import Array
 from tqdm import tqdm
 
-from experiments import processes
-from experiments.cli import UserError, read_rows, write_json, write_rows
+from experiments import cli, processes
+from experiments.cli import UserError
 from experiments.gan.place import Place
 from experiments.gan.train import Config, Data, State, Training, make_training
 
@@ -91,32 +91,28 @@ def train(
         else:
             state = place.state(training.init(jax.random.key(config.seed)))
         step = int(state.step)
-        rows = []
-        if processes.is_first():  # without those beyond the checkpoint: they come again
+        # What was written from this step on comes again. What other processes write goes nowhere.
+        first = processes.is_first()
+        rows, rows_file = [], config.out / "metrics.jsonl" if first else Path(os.devnull)
+        if first:
             kept = [row for row in read_rows(config.out) if row["step"] <= step]
-            rows = write_rows(config.out / "metrics.jsonl", kept)
+            rows = cli.write_rows(rows_file, kept)
+        events = SummaryWriter(
+            str(config.out), purge_step=step + 1 if step else None, filename_suffix=f".{step}",
+            write_to_disk=first,
+        )  # fmt: skip
         seconds = rows[-1]["seconds"] if rows else 0.0
         row_step, row_time = step, time.perf_counter()
-        silent = not (config.progress and processes.is_first())
+        silent = not (config.progress and first)
         bar = tqdm(initial=step, total=config.steps, unit="step", disable=silent)
         bar.set_postfix_str("compiling")
-        # TensorBoard drops what an earlier process wrote from this step on: it comes again.
-        rows_file, events_folder = config.out / "metrics.jsonl", str(config.out)
-        if not processes.is_first():  # what they write goes nowhere
-            rows_file, events_folder = Path(os.devnull), None
-        events = SummaryWriter(
-            events_folder,
-            purge_step=step + 1 if step else None,
-            filename_suffix=f".{step}",
-            write_to_disk=processes.is_first(),
-        )
         with rows_file.open("a") as metrics, events, bar:
             on_disk = step > 0  # there is a checkpoint of this very state
             while step < config.steps:
                 if at_checkpoint and on_disk:
                     looked = time.perf_counter()
                     local = place.host(state)
-                    values = at_checkpoint(training, local) if processes.is_first() else {}
+                    values = at_checkpoint(training, local) if first else {}
                     for tag, value in values.items():
                         events.add_scalar(tag, value, step)
                     row_time += time.perf_counter() - looked  # no time of the training
@@ -161,6 +157,11 @@ def train(
                     raise Paused(saved)
         state = state if place.mesh is None else place.host(state)
     return training, state
+
+
+def read_rows(out: Path, name: str = "metrics.jsonl") -> list[dict[str, Any]]:
+    """Of a file in the folder of a run."""
+    return cli.read_rows(out / name)
 
 
 # --- Metrics --------------------------------------------------------------------------------
@@ -251,7 +252,7 @@ def _save(out: Path, state: State) -> None:
         checkpointer.save(partial / "state", args=ocp.args.StandardSave(state))
     processes.wait("written")
     if processes.is_first():
-        write_json(partial / "checksums.json", _checksums(partial), indent=2)
+        cli.write_json(partial / "checksums.json", _checksums(partial), indent=2)
         partial.rename(folder)
         for step in saved_steps(out)[:-2]:
             shutil.rmtree(_folder(out, step))
@@ -283,11 +284,7 @@ def _restore(config: Config, training: Training, place: Place) -> State:
         if present.get(name) != checksum:
             raise UserError(f"{folder / name} is damaged: {remedy}.")
     shapes = training.shapes(jax.random.key(config.seed))
-    structure = jax.tree.map(
-        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
-        shapes,
-        place.shardings(shapes),
-    )
+    structure = jax.tree.map(lambda x, at: x.update(sharding=at), shapes, place.shardings(shapes))
     try:
         with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
             return checkpointer.restore(folder / "state", args=ocp.args.StandardRestore(structure))

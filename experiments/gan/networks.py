@@ -254,8 +254,7 @@ def _resnet_inits(authors: bool, cosgrove: bool) -> Inits:
     return Inits(root_two, one, one) if authors else Inits(_LECUN, _LECUN, _LECUN)
 
 
-def _pool(x: Array) -> Array:
-    return nn.avg_pool(x, (2, 2), (2, 2))
+_pool = partial(nn.avg_pool, window_shape=(2, 2), strides=(2, 2))
 
 
 def _twice(x: Array) -> Array:

@@ -12,10 +12,10 @@ import jax
 import numpy as np
 
 from experiments import processes
-from experiments.cli import UserError, provenance, read_json, read_rows, usable, write_json
+from experiments.cli import UserError, provenance, read_json, usable, write_json
 from experiments.data import load
 from experiments.gan import evaluate, fid, plots
-from experiments.gan.loop import train
+from experiments.gan.loop import read_rows, train
 from experiments.gan.networks import ARCHITECTURES, fit, fitting_size
 from experiments.gan.train import Config, Data, scaled
 

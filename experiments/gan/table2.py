@@ -19,9 +19,9 @@ import numpy as np
 
 from experiments import cli
 from experiments.bench.timing import interleaved, median_ratio
-from experiments.cli import UserError, read_json, read_rows, write_json
+from experiments.cli import UserError, read_json, write_json
 from experiments.gan import plots
-from experiments.gan.loop import Diverged, Paused
+from experiments.gan.loop import Diverged, Paused, read_rows
 from experiments.gan.run import open_folder, real_images, run
 from experiments.gan.train import SETTINGS, Config, make_training
 

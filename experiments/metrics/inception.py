@@ -168,15 +168,8 @@ def enlarge(images: Array, size: int = SIZE) -> Array:
 
 
 def embed(params: dict, images: Array) -> Array:
-    """Features of images as they are stored.
-
-    Args:
-      params: from ``inception_params``.
-      images: uint8, (n, h, w, 1 or 3); grey ones are made colour.
-
-    Returns:
-      float32, (n, 2048).
-    """
+    """Features, float32 (n, 2048), of images as they are stored, uint8 (n, h, w, 1 or 3), of which
+    grey ones are made colour; parameters are those of ``inception_params``."""
     x = jnp.broadcast_to(images, (*images.shape[:3], 3)).astype(jnp.float32)
     x = enlarge((x - 128) / 128)
     return Inception().apply({"params": params}, x)

@@ -126,17 +126,14 @@ def train(way: Way, config: Config) -> tuple[Any, dict[str, Any]]:
     history: dict[str, list[float]] = {"loss": [], "largest sigma / R": [], "least sigma / R": []}
     for i in tqdm(range(steps), NAMES[way], disable=not config.progress):
         params, opt_state, value = step(params, opt_state, batch(i))
-        ratios = [norms / radii[path] for path, norms in true_norms(params, views).items()]
+        weights = flatten_dict(params, sep="/")
+        # By SVD in float64, for each layer of a scanned kernel.
+        ratios = [sn_jax.spectral_norm(weights[path], view) / radii[path]
+                  for path, view in views.items()]  # fmt: skip
         history["loss"].append(float(value))
         history["largest sigma / R"].append(float(max(map(np.max, ratios))))
         history["least sigma / R"].append(float(min(map(np.min, ratios))))
     return params, {"history": history, "seconds": time.perf_counter() - started}
-
-
-def true_norms(params, views) -> dict[str, np.ndarray]:
-    """By SVD in float64, for each layer of a scanned kernel."""
-    weights = flatten_dict(params, sep="/")
-    return {path: sn_jax.spectral_norm(weights[path], view) for path, view in views.items()}
 
 
 def report(results: dict[str, Any]) -> str:
