@@ -253,6 +253,6 @@ def aligned(rows: Sequence[Sequence[Any]], notes: Sequence[str] | None = None) -
     widths = [max(map(len, column)) for column in zip(*texts, strict=True)]
     lines = []
     for (first, *others), note in zip(texts, notes or [""] * len(texts), strict=True):
-        cells = [first.ljust(widths[0]), *map(str.rjust, others, widths[1:]), note]
-        lines.append("  ".join(cells).rstrip())
+        cells = [first.ljust(widths[0]), *map(str.rjust, others, widths[1:])]
+        lines.append(f"{'  '.join(cells)}   {note}".rstrip())
     return "\n".join(lines)

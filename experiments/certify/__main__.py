@@ -91,7 +91,8 @@ def run_attack(config: Config) -> int:
     results = attack.attack(config.cases or 10_000, config.seed, progress=config.progress)
     # Every violation; of what is only a nuisance the first ones, and n_found says how many.
     short = {name: results[name][:20] for name in ("errors", "rtol_missed")}
-    print(f"{attack.report(results)}\n{write(config, 'attack', results | short)}")
+    where = write(config, "attack", results | short)
+    print(f"{attack.report(results)}\n{where}")
     return int(any(results[name] for name in ("violations", "errors", "rtol_missed")))
 
 
@@ -127,7 +128,8 @@ def run_lipschitz_attack(config: Config) -> int:
     cases, progress = config.cases or 5000, config.progress
     results = sandwich.attack(cases, config.seed, config.out, progress=progress)
     short = {name: results[name][:20] for name in ("errors", "infinite")}
-    print(f"{sandwich.report(results)}\n{write(config, 'lipschitz-attack', results | short)}")
+    where = write(config, "lipschitz-attack", results | short)
+    print(f"{sandwich.report(results)}\n{where}")
     return int(any(results[name] for name in ("violations", "errors")))
 
 
@@ -137,7 +139,8 @@ def run_nets(config: Config) -> int:
     results = nets.table(config.out, config.seeds, config.seed, which, progress=config.progress)
     found = {"seed": config.seed, "seeds": config.seeds, "medians": nets.medians(results),
              "bounds": results}  # fmt: skip
-    print(f"{nets.report(results)}\n\n{write(config, 'nets', found)}")
+    where = write(config, "nets", found)
+    print(f"{nets.report(results)}\n\n{where}")
     return 0
 
 
@@ -155,8 +158,8 @@ def run_classifier(config: Config) -> int:
 def run_models(config: Config) -> int:
     """Bound and attack the networks, write models.json, print the table; 1 if a bound is wrong."""
     results = models.table(config.out, config.seed, progress=config.progress)
-    found = {"seed": config.seed, "networks": results}
-    print(f"{models.report(results)}\n\n{write(config, 'models', found)}")
+    where = write(config, "models", {"seed": config.seed, "networks": results})
+    print(f"{models.report(results)}\n\n{where}")
     wrong = models.violations(results)
     if wrong:
         print(f"stretched more than their bound: {', '.join(wrong)}", file=sys.stderr)
