@@ -126,11 +126,10 @@ def check(task: Task) -> Outcome:
     """Values against those of a CPU."""
     recorded = dict(np.load(smoke.RECORDED))
     checks = list(smoke.checks(recorded))
-    cells = [[c.name, f"{c.error:.1e}", f"{c.tolerance:.1e}", "" if c.met else "MISSED"]
-             for c in checks]  # fmt: skip
-    cli.write_text(
-        task.folder / "checks.txt", cli.aligned([["", "error", "tolerance", ""], *cells])
-    )
+    cells = [["", "error", "tolerance", ""]]
+    cells += [[c.name, f"{c.error:.1e}", f"{c.tolerance:.1e}", "" if c.met else "MISSED"]
+              for c in checks]  # fmt: skip
+    cli.write_text(task.folder / "checks.txt", cli.aligned(cells))
     missed = [c.name for c in checks if not c.met]
     numbers = {"checks": [c._asdict() | {"met": c.met} for c in checks]}
     numbers["headline"] = f"{len(checks) - len(missed)} of {len(checks)} checks met"

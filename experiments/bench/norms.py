@@ -14,6 +14,7 @@ from experiments.bench.timing import Row, compare, interleaved
 # channels, size of the image, the SVDs' time over ours that is aimed at.
 CASES = [(64, 32, 1.0), (512, 16, 4.0)]
 QUICK = [(64, 16, None)]
+_step = jax.jit(ways.update)
 
 
 def rows(quick: bool) -> Iterator[list[Row]]:
@@ -46,9 +47,6 @@ def by_svd(kernel: np.ndarray, size: int) -> np.floating:
     symbols = np.fft.rfft2(kernel.astype(np.float64), (size, size), axes=(0, 1))
     symbols = symbols.reshape(-1, *kernel.shape[2:])
     return np.linalg.svd(symbols, compute_uv=False).max()
-
-
-_step = jax.jit(ways.update)
 
 
 def estimate(params, state) -> jax.Array:
