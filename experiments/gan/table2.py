@@ -138,8 +138,9 @@ def tabulate(options: Options) -> None:
         for name, config in rows.items()
     }
     start = time.perf_counter()
+    done = {row["name"] for row in earlier(out, configs)["rows"]}
     for i, (name, config) in enumerate(configs.items()):
-        if options.row not in (None, name) or summary_of(config) or diverged_at(config):
+        if options.row not in (None, name) or collect(name, config) or name in done:
             continue
         print(f"[{i + 1}/{len(configs)}] {name}", flush=True)
         if options.minutes is not None:
@@ -231,17 +232,33 @@ def collect(name: str, config: Config) -> dict[str, Any] | None:
     return row | judged | on | fid
 
 
+def earlier(out: Path, configs: dict[str, Config]) -> dict[str, Any]:
+    """What results.json holds of runs by the same commands, whose folders may be gone."""
+    path = out / "results.json"
+    found = read_json(path) if path.exists() else {}
+    commands = {name: command(config) for name, config in configs.items()}
+    rows = [row for row in found.get("rows", []) if commands.get(row["name"]) == row["command"]]
+    of_rows = {row["method"] for row in rows if (row["setting"], row["seed"]) == SHOWN}
+    parts = {
+        part: {method: of for method, of in found.get(part, {}).items() if method in of_rows}
+        for part in ("spectra", "sigma_bar")
+    }
+    return {"rows": rows} | parts | {key: found[key] for key in ("times",) if key in found}
+
+
 def write(out: Path, preset: str, configs: dict[str, Config]) -> dict[str, Any]:
     """results.json and table.md from the runs' folders; returns what the former holds."""
-    collected = {name: collect(name, config) for name, config in configs.items()}
+    before = earlier(out, configs)
+    kept = {row["name"]: row for row in before["rows"]}
+    collected = {n: collect(n, config) or kept.get(n) for n, config in configs.items()}
     rows = [row for row in collected.values() if row]
     results = {
         "preset": preset,
         "date": datetime.date.today().isoformat(),
         "rows": rows,
         "not_run": [name for name, row in collected.items() if row is None],
-        "spectra": {},
-        "sigma_bar": {},
+        "spectra": before["spectra"],
+        "sigma_bar": before["sigma_bar"],
     }
     for name, config in configs.items():
         method = name.partition(",")[0]
@@ -254,6 +271,8 @@ def write(out: Path, preset: str, configs: dict[str, Config]) -> dict[str, Any]:
             ]
     if (out / "times.json").exists():
         results["times"] = read_json(out / "times.json")
+    elif "times" in before:
+        results["times"] = before["times"]
     elif rows and not results["not_run"]:
         results["times"] = times(configs)
         write_json(out / "times.json", results["times"], indent=1)
