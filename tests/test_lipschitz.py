@@ -340,11 +340,11 @@ def test_14_products_of_what_is_bounded():
 
 def test_15_long_scans():
     def fn(x):
-        return lax.scan(lambda c, _: (jnp.tanh(c) * 0.9 + 0.1 * x, None), x, None, length=9000)[0]
+        return lax.scan(lambda c, _: (jnp.tanh(c) * 0.9 + 0.1 * x, None), x, None, length=2000)[0]
 
     bound = sn_jax.lipschitz_bound(fn, X, progress=False)
     assert 1 <= bound.upper <= 1.001
-    assert any("9000 steps" in op.what for op in bound.ops)
+    assert any("2000 steps" in op.what for op in bound.ops)
 
 
 # Pieces too large for a matrix, at a lowered limit.
@@ -566,7 +566,7 @@ def test_tight_on_joint_and_dead_sources():
 # Random programs.
 
 
-@settings(max_examples=40, deadline=None, derandomize=True)
+@settings(max_examples=25, deadline=None, derandomize=True)
 @given(st.integers(0, 2**32 - 1))
 def test_random_programs(seed):
     fn, x = random_program(np.random.default_rng(seed))
@@ -658,11 +658,11 @@ def test_bfloat16_is_taken_for_real_numbers():
 
 
 def test_constants_of_deep_networks_beyond_float64():
-    fn = lambda x: lax.fori_loop(0, 400, lambda _, x: jnp.tanh(100 * x), x)  # noqa: E731
+    fn = lambda x: lax.fori_loop(0, 80, lambda _, x: jnp.tanh(1e4 * x), x)  # noqa: E731
     bound = sn_jax.lipschitz_bound(fn, X, method="joint")
     assert bound.upper == np.inf
-    assert bound.log_upper == pytest.approx(400 * np.log(100), rel=1e-9)
-    assert "e+800" in str(bound)
+    assert bound.log_upper == pytest.approx(80 * np.log(1e4), rel=1e-9)
+    assert "e+320" in str(bound)
 
 
 def test_the_table():
