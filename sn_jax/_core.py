@@ -131,8 +131,9 @@ def init(
         w = checked_weight(path, leaves[path], view)
         try:
             check_linear(Operator(view, w), in_w=True)
-        except ValueError as error:
-            raise ValueError(f"{label(path)} of shape {jnp.shape(w)}: {error}") from error
+        except (TypeError, ValueError) as error:
+            kind = TypeError if isinstance(error, TypeError) else ValueError
+            raise kind(f"{label(path)} of shape {jnp.shape(w)}: {error}") from error
         seed = bits ^ np.uint32(zlib.crc32(path.encode()))
         state[path] = _start(w, seed, view=view, n_vectors=n_vectors, warmup=warmup)
     return state

@@ -347,11 +347,11 @@ def test_14_products_of_what_is_bounded():
 
 def test_15_long_scans():
     def fn(x):
-        return lax.scan(lambda c, _: (jnp.tanh(c) * 0.9 + 0.1 * x, None), x, None, length=9000)[0]
+        return lax.scan(lambda c, _: (jnp.tanh(c) * 0.9 + 0.1 * x, None), x, None, length=2000)[0]
 
     bound = sn_jax.lipschitz_bound(fn, X, progress=False)
     assert 1 <= bound.upper <= 1.001
-    assert any("9000 steps" in op.what for op in bound.ops)
+    assert any("2000 steps" in op.what for op in bound.ops)
 
 
 # Pieces too large for a matrix, at a lowered limit.
@@ -573,7 +573,7 @@ def test_tight_on_joint_and_dead_sources():
 # Random programs.
 
 
-@settings(max_examples=40, deadline=None, derandomize=True)
+@settings(max_examples=25, deadline=None, derandomize=True)
 @given(st.integers(0, 2**32 - 1))
 def test_random_programs(seed):
     fn, x = random_program(np.random.default_rng(seed))
