@@ -463,19 +463,32 @@ def unit(x: Array, fallback: Array | float, lead: int) -> Array:
 
 def _unit_and_length(x: Array, fallback: Array | float, lead: int) -> tuple[Array, Array]:
     """``unit`` and |x|, which is 0 or NaN where x has no direction."""
-    axes = tuple(range(lead, x.ndim))
-    # x is divided by its largest entry, since squares of 1e-30 would underflow in float32; in two
-    # steps, since the inverse of the largest numbers is subnormal and flushed to zero.
-    peak = jnp.max(jnp.abs(x), axes, initial=0 if 0 in x.shape else None)
-    first = jnp.where(peak > 1, 2.0**-8, 1.0).astype(x.dtype)
-    scale = 1 / (peak * first)
-    x_scaled = (x * _expand(first, x)) * _expand(scale, x)
-    # Zero, NaN or infinite if x is zero, subnormal or not finite; otherwise at least 1.
-    square = jnp.sum(x_scaled * x_scaled, axes)
-    usable = (square > 0) & (square < jnp.inf)
-    x = jnp.where(_expand(usable, x), x_scaled * _expand(lax.rsqrt(square), x), fallback)
-    length = peak * jnp.sqrt(square)
-    return x, jnp.where(usable, length, jnp.where(peak < 1, 0.0, jnp.nan))
+    inverse = _four_over_length(x, lead)
+    x = jnp.where(_expand(inverse < jnp.inf, x), (x * _expand(inverse, x)) * 0.25, fallback)
+    return x, 4 / inverse
+
+
+def _four_over_length(x: Array, lead: int) -> Array:
+    """4 / |x| over the axes from ``lead`` on; inf where x is zero, NaN where it is not finite.
+
+    Squares of 1e-30 underflow in float32, and those of 1e30 overflow. So three sums of squares
+    are taken at once, in one pass: of x as it is, and scaled up and down by powers of two. Each
+    gives the same inverse where its squares are in range; underflow makes it larger, overflow
+    zero, so that the smallest positive one is right. 4, not 1: the inverse of the largest
+    numbers is subnormal, which processors flush to zero.
+    """
+    if math.prod(x.shape[lead:]) == 1:  # XLA would multiply the scales with each other first
+        inverse = 4 / jnp.abs(x.reshape(x.shape[:lead]))
+        return jnp.where(inverse > 0, inverse, jnp.nan)
+    reach = jnp.finfo(x.dtype).maxexp * 5 // 8
+    row = (*[1] * lead, 3)
+    scales = np.array([2.0**reach, 1, 2.0**-reach], x.dtype).reshape(row)
+    # Scaled down, nothing finite overflows: there, no inverse says that x is not finite.
+    otherwise = np.array([np.inf, np.inf, np.nan], x.dtype).reshape(row)
+    scaled = jnp.expand_dims(x, lead) * scales.reshape(*row, *[1] * (x.ndim - lead))
+    squares = jnp.sum(scaled * scaled, tuple(range(lead + 1, scaled.ndim)))
+    inverses = lax.rsqrt(squares) * (4 * scales)
+    return jnp.min(jnp.where(inverses > 0, inverses, otherwise), -1)
 
 
 def noise(seed: Array | int, shape: tuple[int, ...], dtype) -> Array:
