@@ -343,7 +343,7 @@ class _Vectors:
     def leading(self, x: Array) -> Array:
         return x if self.single else _first(x, self.batch_ndim)
 
-    def orthonormal(self, z: Array, fallback: Array) -> tuple[Array, Array]:
+    def orthonormal(self, z: Array, fallback: Array, shifted: bool = False) -> tuple[Array, Array]:
         """Orthonormal rows spanning z's, whose lengths come second.
 
         From the eigenvectors of the k x k Gram matrix of unit rows: the one product is a k^2
@@ -354,6 +354,8 @@ class _Vectors:
         z, lengths = _unit_and_length(z, fallback, self.lead)
         if self.single:
             return z, lengths
+        if shifted:
+            z = self._shifted(z, lengths, fallback)
         # Rows that are next to nothing beside the longest are mostly its rounding errors.
         least = jnp.sqrt(jnp.finfo(z.dtype).eps)
         relative = lengths / (least * jnp.max(lengths, -1, keepdims=True))
@@ -364,6 +366,17 @@ class _Vectors:
         rows = _combine(q * jnp.expand_dims(weights, -2), z, self.batch_ndim)
         others = self._beside(rows, fallback)
         return jnp.where(_expand(kept, rows), rows, others), lengths
+
+    def _shifted(self, z: Array, lengths: Array, v: Array) -> Array:
+        """Unit rows of z = A^T u less up to half of what lies along the stored v.
+
+        Where ``A v = sigma u``, that is a step of ``A^T A - s`` with s half of the smallest of
+        the k values squared (Saad 2011, section 4.1.2): the values below the k-th then shrink
+        twice as fast beside the first, for no product more. Elsewhere it does no harm.
+        """
+        v, ratio = unit(v, 0.0, self.lead), jnp.min(lengths, -1, keepdims=True) / lengths
+        part = jnp.where(ratio <= 1, 0.5 * ratio * ratio, 0.0) * _inner(z, v, self.lead)
+        return z - _expand(part, v) * v
 
     def _beside(self, rows: Array, fallback: Array) -> Array:
         """Unit rows at right angles to ``rows``, orthonormal or zero, from combinations of the
@@ -379,7 +392,7 @@ class _Vectors:
 
     def finish(self, u: Array, v: Array, z: Array) -> PowerResult:
         """The last half step, given z = A^T u: v from z, then u and sigma from one product."""
-        v_old, (v, z_length) = v, self.orthonormal(z, v)
+        v_old, (v, z_length) = v, self.orthonormal(z, v, shifted=True)
         y = self.operator.mv(v)
         if not self.single:
             v, y = self._rotated(v, y, v_old)
@@ -414,9 +427,10 @@ def _stored_sigma(operator, u, v) -> Array:
     batch_ndim = operator.batch_ndim
     u, v = _first(u, batch_ndim), _first(v, batch_ndim)
     y = operator.mv(v)
-    own, length = _unit_and_length(lax.stop_gradient(y), 0.0, batch_ndim)
-    along = _inner(u, lax.stop_gradient(y), batch_ndim)
-    per_u, per_v = (_inverse(_inner(x, x, batch_ndim)) for x in (u, v))
+    fixed = lax.stop_gradient(y)
+    own, length = _unit_and_length(fixed, 0.0, batch_ndim)
+    along, square = _inner(jnp.expand_dims(u, 0), jnp.stack([fixed, u]), batch_ndim + 1)  # one pass
+    per_u, per_v = _inverse(square), _inverse(_inner(v, v, batch_ndim))
     stored = (along > 0) & (along < jnp.inf)
     direction = jnp.where(_expand(stored, u), u * _expand(per_u, u), own)
     value = jnp.where(stored, along * per_u, length)
