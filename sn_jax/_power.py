@@ -3,8 +3,8 @@
 Vectors carry an axis of ``k`` of them after the batch axes: ``u`` (*batch, k, *codomain) and
 ``v`` (*batch, k, *domain). They are never flattened, so that they can take the sharding of a
 kernel's axes. With ``k = 1`` this is the power method of Miyato et al. (2018), algorithm 1; with
-more, subspace iteration with a Rayleigh-Ritz step, which tracks a drifting matrix more closely
-at nearly the same memory traffic.
+more, subspace iteration with a shift and a Rayleigh-Ritz step, which tracks a drifting matrix more
+closely at nearly the same memory traffic.
 """
 
 import math
