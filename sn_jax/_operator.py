@@ -85,7 +85,7 @@ class Operator:
         """``A_w x`` for ``x`` (*batch, *domain), or of k vectors, (*batch, k, *domain)."""
         batch, domain, _ = self.spaces
         if x.ndim > len(batch) + len(domain):
-            return self._products(x, as_columns=self._is_last(1))
+            return jax.vmap(self._product, len(batch), len(batch))(x)
         return self._product(x)
 
     def rmv(self, y: Array) -> Array:
@@ -93,29 +93,7 @@ class Operator:
         batch, domain, codomain = self.spaces
         k = y.shape[len(batch) : y.ndim - len(codomain)]
         x = _mesh.struct_like((*batch, *k, *domain), y)
-        product = partial(self._products, as_columns=self._is_last(2)) if k else self._product
-        return jax.linear_transpose(product, x)(y)[0]
-
-    def _is_last(self, group: int) -> bool | None:
-        """Whether a product that sums over a group of the kernel's axes sums over the last one;
-        None for maps that take no matrix of columns."""
-        view = self.view
-        while isinstance(view, Scaled):
-            view = view.view
-        if not isinstance(view, Matrix) or type(view).matvec is not Matrix.matvec:
-            return None
-        return self.w.ndim - 1 in view.axis_groups(self.w.ndim)[group]
-
-    def _products(self, x: Array, as_columns: bool | None) -> Array:
-        """Of k vectors. As columns of a matrix where the sum runs along the kernel's rows, and as
-        rows where it runs along its columns: the other way round, XLA's products on CPUs take 2
-        to 20 times as long. The barriers keep it from choosing how vectors lie in memory."""
-        b = self.batch_ndim
-        if as_columns is None:
-            return jax.vmap(self._product, b, b)(x)
-        if not as_columns:
-            return _pinned(jax.vmap(self._product, b, b)(_pinned(x)))
-        return jnp.moveaxis(_pinned(self._product(_pinned(jnp.moveaxis(x, b, -1)))), -1, b)
+        return jax.linear_transpose(self.mv, x)(y)[0]
 
     def _product(self, x):
         """The products of the blocks, summed, where ``w`` is one."""
@@ -212,10 +190,6 @@ class Operator:
         axes = vector_axes(self.view, self.w.ndim)
         assert axes is not None
         return axes
-
-
-def _pinned(x: Array) -> Array:
-    return lax.optimization_barrier(x)
 
 
 @lru_cache(maxsize=4096)

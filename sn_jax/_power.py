@@ -372,10 +372,13 @@ class _Vectors:
 
         Where ``A v = sigma u``, that is a step of ``A^T A - s`` with s half of the smallest of
         the k values squared (Saad 2011, section 4.1.2): the values below the k-th then shrink
-        twice as fast beside the first, for no product more. Elsewhere it does no harm.
+        twice as fast beside the first, for no product more. Nothing is left out along a v that is
+        no unit vector: wrappers that store none have a shorter one in its place (``ramp``).
         """
-        v, ratio = unit(v, 0.0, self.lead), jnp.min(lengths, -1, keepdims=True) / lengths
-        part = jnp.where(ratio <= 1, 0.5 * ratio * ratio, 0.0) * _inner(z, v, self.lead)
+        ratio = jnp.min(lengths, -1, keepdims=True) / lengths
+        stored = (ratio <= 1) & (jnp.abs(_inner(v, v, self.lead) - 1) < 0.1)
+        part = jnp.where(stored, 0.5 * ratio * ratio * _inner(z, v, self.lead), 0.0)
+        v = jnp.where(_expand(stored, v), v, 0.0)
         return z - _expand(part, v) * v
 
     def _beside(self, rows: Array, fallback: Array) -> Array:
@@ -519,11 +522,11 @@ def noise(seed: Array | int, shape: tuple[int, ...], dtype) -> Array:
 
 
 def ramp(shape: tuple[int, ...], dtype) -> Array:
-    """A vector shorter than 1 over all axes, made in one operation: something to fall back on."""
+    """A vector of length 1/2 or less, made in one operation: something to fall back on."""
     n = math.prod(shape)
     if n <= 1:
         return jnp.ones(shape, dtype)
-    return (lax.iota(dtype, n) * (math.sqrt(3) / n**1.5)).reshape(shape)
+    return (lax.iota(dtype, n) * (math.sqrt(3) / 2 / n**1.5)).reshape(shape)
 
 
 def _mix(x: Array) -> Array:

@@ -245,7 +245,7 @@ class Matrix:
                 if (*batch, *first, *last) == tuple(range(w.ndim)):
                     return self._flat_matvec(w, x, len(batch), len(first), ins < outs)
         x_batch = tuple(range(len(batch)))
-        x_in = tuple(range(len(batch), len(batch) + len(ins)))
+        x_in = tuple(range(len(batch), x.ndim))
         dims = ((ins, x_in), (batch, x_batch))
         return lax.dot_general(w, x, dims, precision=lax.Precision.HIGHEST)
 
@@ -258,12 +258,11 @@ class Matrix:
         batch, rest = w.shape[:n_batch], w.shape[n_batch:]
         first, last = rest[:n_first], rest[n_first:]
         sizes = math.prod(first), math.prod(last)
-        more = x.shape[n_batch + (n_first if in_first else w.ndim - n_batch - n_first) :]
-        x = x.reshape(*batch, sizes[not in_first], *more)
+        x = x.reshape(*batch, sizes[not in_first])
         x_batch = tuple(range(n_batch))
         dims = ((n_batch + (not in_first),), (n_batch,)), (x_batch, x_batch)
         y = lax.dot_general(w.reshape(*batch, *sizes), x, dims, precision=lax.Precision.HIGHEST)
-        return y.reshape(*batch, *(last if in_first else first), *more)
+        return y.reshape(*batch, *(last if in_first else first))
 
     def scale(self, w: Array, factor: Array) -> Array:
         batch, _, _ = self.axis_groups(w.ndim)
