@@ -448,6 +448,7 @@ def _factor(sigma, bound, mode, gradient, w, view):
     value = lax.stop_gradient(sigma)
     tiny = jnp.finfo(value.dtype).tiny
     safe = jnp.where(value < tiny, jnp.ones_like(value), value)
+    inverse = 1 / safe
     if mode == "certified":
         from sn_jax import _certified
 
@@ -459,7 +460,7 @@ def _factor(sigma, bound, mode, gradient, w, view):
     if gradient == "through":
         # The factor is a constant divided by a ratio whose value is 1. Its derivatives contain no
         # 1 / sigma^2, which would overflow float32 long before the weights are tiny.
-        factor = factor / _power.with_value(sigma / safe, jnp.ones_like(value))
+        factor = factor / _power.with_value(sigma * inverse, jnp.ones_like(value))
     if mode == "clip":
         factor = jnp.where(value <= bound, jnp.ones_like(factor), factor)
     return value, factor
