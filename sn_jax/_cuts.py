@@ -124,7 +124,11 @@ def _largest(s: np.ndarray) -> float:
     n = len(s)
     if not n:
         return 0.0
-    return float(scipy.linalg.eigvalsh((s + s.T) / 2, subset_by_index=[n - 1, n - 1])[0])
+    s = (s + s.T) / 2
+    try:
+        return float(scipy.linalg.eigvalsh(s, subset_by_index=[n - 1, n - 1])[0])
+    except np.linalg.LinAlgError:  # LAPACK's search for one of many equal ones can fail
+        return float(np.linalg.eigvalsh(s)[-1])
 
 
 class _Banded:
