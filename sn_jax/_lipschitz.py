@@ -38,6 +38,7 @@ from sn_jax._pieces import Operation, apply, is_linear, products, rounding_terms
 from sn_jax._sources import RULES, Row, Rows, Source, Sources
 from sn_jax._symbols import UNIT, gamma
 from sn_jax._tight import tight
+from sn_jax._torus import NoTorusError, Torus
 
 METHODS = ("product", "merged", "joint", "shift", "ellipsoid", "tight")
 # Entries of all matrices that a domain over all sources keeps, and directions of all sources.
@@ -412,6 +413,7 @@ class _Bounds:
         runs: dict[str, tuple[float, list[Op]]] = {}
         blocks: list[Block] = []
         found: Ellipsoid | None = None
+        torus: Torus | None = None
         seconds, failures, started = {}, {}, self.started
         for name in names:
             self.say(name)
@@ -426,11 +428,20 @@ class _Bounds:
                     elif name == "ellipsoid" and blocks:
                         found = ellipsoid(self.graph.x, blocks, self.say)
                         runs[name] = self.moved(found.upper, found.lengths, runs["shift"][1])
+                    elif name == "ellipsoid":
+                        torus = self.torus()
+                        runs[name] = self.alike(torus.by_sources(), runs)
                     elif found and (method == "tight" or self.directions <= _MOST_TIGHT):
                         ends = tight(self.graph.x, blocks, found, self.steps, self.say)
                         runs[name] = self.moved(*ends, runs["shift"][1])
+                    elif torus or (found and (torus := self.torus()).is_image):
+                        if found:
+                            torus.by_sources()
+                        runs[name] = self.alike(torus.by_channels(), runs)
                 except _TooLargeError:
                     self.notes.append(f"{name} did not run: too many directions for one matrix.")
+                except NoTorusError as error:
+                    self.notes.append(f"{name} did not run on tori: {error}.")
             if name in runs:
                 seconds[name] = time.process_time() - started
                 failures[name] = self.failures  # of this one's norms, or what it is the least of
@@ -864,6 +875,17 @@ class _Bounds:
         ):
             entries = np.tile(np.where(active, np.cumsum(active) - 1, -1), len(groups))
         return total, Block(key, columns, n, entries)
+
+    def torus(self) -> Torus:
+        """As a network of convolutions."""
+        return Torus(self.graph.x, self.sources, list(dict.fromkeys(self.graph.outputs)), self.say)
+
+    def alike(self, upper: float, runs) -> tuple[float, list[Op]]:
+        """A bound of the outputs alone, with what else is known of sources."""
+        log = _log(upper)
+        copies = max(self.graph.outputs.count(a) for a in self.graph.outputs)
+        log = _times(log, _log(copies) / 2) if copies > 1 else log
+        return log, [*runs["joint"][1][:-1], Op("", "output", math.nan, log)]
 
     def moved(self, upper: float, lengths, ops: list[Op]) -> tuple[float, list[Op]]:
         table = [op._replace(log_bound=_log(length))

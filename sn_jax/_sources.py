@@ -62,6 +62,7 @@ class Source(NamedTuple):
       key: the operation that the rest belongs to; others share it up to its ``sign``.
       reason: why a constant is infinite.
       entrywise: whether every entry of the rest moves by at most its own entries of the rows.
+      slopes: the least and the largest in the one operation of ``linear``; None of several.
     """
 
     node: Operation
@@ -74,6 +75,7 @@ class Source(NamedTuple):
     sign: float = 1.0
     reason: str = ""
     entrywise: bool = False
+    slopes: tuple[Any, Any] | None = None
 
 
 # Rules of other primitives: (shapes and constants of its arguments, parameters) -> constant.
@@ -216,7 +218,8 @@ class Sources:
             linear, rest = Row(((root, middle),)), Rows((Row(((root, radius),)),))
         what += f" [{low:.6g}, {high:.6g}]"
         rows = Rows((Row(((root, steepest),)),))
-        self.sources[node] = Source(node, what, steep, rows, linear, rest, node, 1.0, reason, True)
+        self.sources[node] = Source(node, what, steep, rows, linear, rest, node, 1.0, reason, True,
+                                    (lows, highs) if finite else None)  # fmt: skip
 
     def _joint(self, node: Operation) -> tuple[Source, Interval]:
         if node.op in RULES:
@@ -255,12 +258,14 @@ class Sources:
             rest = Rows((Row(((a, np.nextafter(lipschitz / 2, math.inf)),)),))
         if values is None:
             values = self.ranges[a]
+        slopes = None if linear is None else (0.0, lipschitz)
         rows = Rows((Row(((a, lipschitz),)),))
         if node.op in _RISING:
             self._monotone(node, a)
         if node.op == "softmax" and (found := self._local_softmax(node, a)) is not None:
             linear, rest = found
-        return Source(node, what, lipschitz, rows, linear, rest, node, 1.0, reason), values
+        return Source(node, what, lipschitz, rows, linear, rest, node, 1.0, reason,
+                      slopes=slopes), values  # fmt: skip
 
     # Where x stays in a ball: linear in the middle of it, and a rest that vanishes with it.
 
