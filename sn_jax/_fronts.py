@@ -170,7 +170,9 @@ class Fronts:
         for v, near in zip(self.order, self.near, strict=True):
             c, n = self.variables[v].channels, sum(self.variables[w].channels for w in near)
             grid = self.grids[self.level[v]]
-            total += len(grid.frequencies) * (4 if grid.is_point else 16) * (c + n) * (2 * c * c + c * n)
+            total += (
+                len(grid.frequencies) * (4 if grid.is_point else 16) * (c + n) * (2 * c * c + c * n)
+            )
         return total
 
     def scales(self, theta: np.ndarray) -> list[np.ndarray]:
@@ -200,7 +202,7 @@ class Fronts:
         for number in self.own[i]:
             c, (left, right) = self.couplings[number], factors[number]
             block = self.symbols[number][part]
-            block = (block.real if real else block) * left[:, None] * right
+            block = (np.real(block) if real else block) * left[:, None] * right
             other = c.column if c.row == v else c.row
             place = slice(at[other], at[other] + self.variables[other].channels)
             row[:, :, place] += block if c.row == v else block.conj().swapaxes(1, 2)
@@ -220,12 +222,12 @@ class Fronts:
         if level == after:
             return update - w.conj().swapaxes(1, 2) @ w
         if self.grids[after].is_point:
-            flat = (w * np.sqrt(weights)[:, None, None]).reshape(-1, n)
-            return np.tensordot(weights, update.real, 1)[None] - (flat.conj().T @ flat).real[None]
+            flat = (w * np.sqrt(weights)[:, None, None]).reshape(len(w) * w.shape[1], n)
+            return (np.tensordot(weights, np.real(update), 1) - np.real(flat.conj().T @ flat))[None]
         before, grid = self.grids[level], self.grids[after]
         many = len(before.frequencies) // len(grid.frequencies)
-        flat = w.reshape(len(w) // many, -1, n)
-        update = update.reshape(-1, many, n, n).sum(1)
+        flat = w.reshape(len(w) // many, many * w.shape[1], n)
+        update = update.reshape(len(w) // many, many, n, n).sum(1)
         return update - flat.conj().swapaxes(1, 2) @ flat
 
     def _moved(self, i: int, update: np.ndarray) -> np.ndarray:
@@ -242,15 +244,19 @@ class Fronts:
         out[:, index[:, None], index] = update
         return out
 
-    def eliminate(self, theta: np.ndarray, visit: Callable, step: Callable) -> bool:
+    def eliminate(
+        self, theta: np.ndarray, visit: Callable, step: Callable, until: int | None = None
+    ) -> bool:
         """Variable after variable; False as soon as ``step`` says so.
 
         Args:
           theta: logarithms of multipliers.
           step: (diagonal block, row) -> w with ``w^H w`` to be taken off, or None.
           visit: called with (place, band, what ``step`` made).
+          until: the last place of interest, if any.
         """
         factors = self.factors(theta)
+        end = len(self.order) - 1 if until is None else until
         point: Any = 0.0
         for band in self.bands:
             update = np.zeros((0, 0, 0))
@@ -273,9 +279,10 @@ class Fronts:
                 if w is None:
                     return False
                 visit(i, band, w)
-                if i + 1 < len(self.order):
-                    weights = self.grids[level].weights[part]
-                    update = self._carried(i, moved[:, c:, c:], w[-1], weights)
+                if i >= end:
+                    break
+                weights = self.grids[level].weights[part]
+                update = self._carried(i, moved[:, c:, c:], w[-1], weights)
         return True
 
     def barrier(
@@ -303,7 +310,7 @@ class Fronts:
             factor, half, w = found
             v = self.order[i]
             weights = self.grids[self.level[v]].weights[self._part(self.level[v], band)]
-            logs = np.sum(np.log(np.diagonal(factor, axis1=1, axis2=2).real), 1)
+            logs = np.sum(np.log(np.real(np.diagonal(factor, axis1=1, axis2=2))), 1)
             total -= 2 * counts[v] * float(weights @ logs)
             kept[i, band] = half, w
 
@@ -328,15 +335,12 @@ class Fronts:
                 after = [] if i + 1 == len(self.order) else [self.order[i + 1], *self.near[i + 1]]
                 at = dict(zip(after, np.cumsum([0, *(self.variables[x].channels for x in after)]),
                               strict=False))  # fmt: skip
-                index = np.concatenate([*(at[x] + np.arange(self.variables[x].channels)
-                                          for x in near), np.zeros(0, int)]).astype(int)  # fmt: skip
+                places_of = (at[x] + np.arange(self.variables[x].channels) for x in near)
+                index = np.concatenate([*places_of, np.zeros(0, int)]).astype(int)
                 inner = z if len(index) == z.shape[-1] else z[:, index[:, None], index]
                 x = half.conj().swapaxes(1, 2) @ w
                 many = len(x) // len(inner) if n else 1
-                if n:
-                    across = (x.reshape(len(inner), many * c, n) @ inner).reshape(-1, c, n)
-                else:
-                    across = x
+                across = (x.reshape(len(inner), many * c, n) @ inner).reshape(-1, c, n) if n else x
                 # The inverse in the row of v: what is near, then itself.
                 row = -across
                 part = self._part(level, band)
@@ -351,7 +355,7 @@ class Fronts:
                     if k.row != v:
                         inverse = inverse.conj().swapaxes(1, 2)
                     symbol = self.symbols[number][part]
-                    products = np.tensordot(weights, (inverse.conj() * symbol).real, 1)
+                    products = np.tensordot(weights, np.real(inverse.conj() * symbol), 1)
                     products *= left[:, None] * right
                     slopes[k.row] -= (1 if k.scaled else -1) * products.sum(1)
                     slopes[k.column] += products.sum(0)
@@ -406,6 +410,6 @@ class Fronts:
             w = np.empty(row.shape, complex)
             for j, (r, b) in enumerate(zip(factor, row, strict=True)):
                 w[j] = ztrtrs(r, b, lower=1)[0] if b.size else b
-            return (w if np.iscomplexobj(row) else w.real,)
+            return (w if np.iscomplexobj(row) else np.real(w),)
 
         return self.eliminate(theta, lambda *_: None, step)

@@ -29,13 +29,13 @@ import numpy as np
 from sn_jax._convolutions import TapSum, tap_sums
 from sn_jax._fronts import Coupling, Fronts, Variable
 from sn_jax._pieces import Operation
-from sn_jax._sources import Rows, Source
+from sn_jax._sources import Source
 from sn_jax._symbols import UNIT, gamma
 
 # How many sources cut off at borders, and how much larger than the grid a torus becomes.
 _MOST_CUTS, _MOST_SIZE = 64, 2
 # Floating-point operations of a search, its steps, and how few are not worth it.
-_EFFORT, _MOST_STEPS, _FEWEST = 2e11, 30, 8
+_EFFORT, _MOST_STEPS, _FEWEST = 2e11, 60, 8
 # By how much multipliers are smaller than the largest at the start, and the bound larger.
 _WIDE, _ROOM = (2.0, 1.5, 1.25), 1.2
 # Weights of the barrier.
@@ -153,10 +153,11 @@ class _Network:
 
     def _lay_out(self) -> None:
         """Dimensions of all axes, and the smallest tori on which every piece is right."""
-        channel = next((d for d in self.forms[self.x].values() if d is not None)).axes.index(-1)
+        channel = next(d for d in self.forms[self.x].values() if d is not None).axes.index(-1)
         dims = iter(count())
-        self.axes = {self.x: tuple(-1 if i == channel else next(dims)
-                                   for i in range(len(self.x.shape)))}  # fmt: skip
+        self.axes: dict[Operation, tuple[int | None, ...]] = {}
+        self.axes[self.x] = tuple(-1 if i == channel else next(dims)
+                                  for i in range(len(self.x.shape)))  # fmt: skip
         self.n_dims = len(self.x.shape) - 1
         ratios: dict[Operation, list[Fraction | None]] = {
             self.x: [Fraction(1) if n > 1 else None for n in self.grid(self.x)]
@@ -178,7 +179,7 @@ class _Network:
             ]
         for output in self.outputs:
             self._place(output, None, ratios)
-        self.tori = dict.fromkeys(ratios, ())
+        self.tori: dict[Operation, tuple[int, ...]] = dict.fromkeys(ratios, ())
         for d in range(self.n_dims):
             for a, n in self._sizes(d, {a: r[d] for a, r in ratios.items()}).items():
                 self.tori[a] = (*self.tori[a], n)
@@ -245,7 +246,9 @@ class _Network:
         first = max(-(-grids[a] // r) for a, r in whole.items())
         for m in range(first, _MOST_SIZE * first + 8):
             sizes = {a: whole[a] * m if a in whole else 1 for a in ratios}
-            if all(_shifts(table, grids[a], sizes[a], sizes[b]) is not None for a, b, table in lines):
+            if all(
+                _shifts(table, grids[a], sizes[a], sizes[b]) is not None for a, b, table in lines
+            ):
                 return sizes
         raise NoTorusError("a convolution is none on a torus")
 
@@ -257,6 +260,7 @@ class _Network:
         def couple(row, root, owner, factor, scaled):
             """A row of what a root is of all sources, its channels multiplied."""
             for start, form in self.of(root, owner).items():
+                assert form is not None
                 kernel, absolute, shifts = self._laid(start, root, form)
                 many = math.prod(max(map(len, taps), default=1) for taps in shifts)
                 sizes = absolute.sum(0) * many
@@ -271,7 +275,7 @@ class _Network:
             width = self._width(start)
             group = len(ties) + (np.arange(width) if demand.entrywise else np.zeros(width, int))
             ties += [number] * (1 + int(group[-1]) - len(ties))
-            rows = []
+            rows, cross = [], np.zeros(width)
             if demand.slopes:
                 root, *ends = demand.slopes
                 low = np.minimum(self._by_channel(root, ends[0], np.min), 0.0)
@@ -281,9 +285,7 @@ class _Network:
                 minus = np.where((low == 0) | (high == 0), 0.0, _parabola(low, high, cross))
                 rows = [(root, np.sqrt(minus) * (1 + 4 * UNIT))]
             else:
-                many = len(demand.lengths)
-                rows = [(root, self._by_channel(root, np.abs(f), np.max) * math.sqrt(many)
-                         * (1 + 4 * UNIT)) for root, f in demand.lengths]  # fmt: skip
+                rows = [(root, self._by_channel(root, f, np.max)) for root, f in demand.lengths]
             for root, factor in rows:
                 if factor.any():
                     width = self._width(root)
@@ -432,10 +434,12 @@ class Torus:
         last = int(self.ties[-1])
         self.outputs = np.array([v.group is not None and self.ties[v.group[0]] == last
                                  for v in self.fronts.variables])  # fmt: skip
-        self.say = say
+        self.say, self.upper = say, math.inf
         self.most = int(_EFFORT / self.fronts.flops)
         if self.most < _FEWEST:
-            raise NoTorusError(f"the search on tori takes {_FEWEST * self.fronts.flops:.1g} operations")
+            raise NoTorusError(
+                f"the search on tori takes {_FEWEST * self.fronts.flops:.1g} operations"
+            )
         say(f"on tori up to {self.fronts.grids[0].sizes}")
         found = [self._recursion(wide) for wide in _WIDE]
         self.theta = min((t for t in found if t is not None), key=lambda t: t[-1], default=None)
@@ -450,14 +454,15 @@ class Torus:
         """One multiplier for each source."""
         assert self.theta is not None
         self.theta = self._search(self.theta, self.ties)
-        return self._certified(self.theta[self.ties])
+        self.upper = self._certified(self.theta[self.ties])
+        return self.upper
 
     def by_channels(self) -> float:
         """One for each channel; after ``by_sources``."""
         assert self.theta is not None
         self.theta = self._search(self.theta[self.ties], np.arange(len(self.ties)))
         self.ties = np.arange(len(self.ties))
-        return self._certified(self.theta)
+        return min(self.upper, self._certified(self.theta))
 
     def _recursion(self, wide: float) -> np.ndarray | None:
         """In the order of the graph the largest multipliers that are possible, over ``wide``."""
@@ -478,7 +483,8 @@ class Torus:
                 if v in tops:
                     tops[v] = max(tops[v], -float(np.linalg.eigvalsh(found[0])[:, 0].min()))
 
-            if not fronts.eliminate(theta[ties], visit, _with_block):
+            end = max(fronts.order.index(v) for v in mine)
+            if not fronts.eliminate(theta[ties], visit, _with_block, end):
                 return None
             top = sum(tops.values())
             # Where nothing moves it, a multiplier does not matter.
@@ -545,7 +551,7 @@ def _with_block(block: np.ndarray, row: np.ndarray):
 def _descend(value: Callable, theta: np.ndarray, most: int) -> np.ndarray:
     """A minimum by L-BFGS, within a domain outside of which the value is infinite."""
     f, g = value(theta)
-    used, pairs = 1, []
+    used, idle, pairs = 1, 0, []
     while used < most:
         d = -g
         alphas = []
@@ -572,13 +578,19 @@ def _descend(value: Callable, theta: np.ndarray, most: int) -> np.ndarray:
                 break
             step *= 0.3
             if step < 1e-8:
-                return theta
+                break
         else:
             break
+        if step < 1e-8:
+            if not pairs:
+                break
+            pairs = []  # once more, by the gradient alone
+            continue
         s, y = step * d, grad - g
         theta, gain, f, g = theta + s, f - new, new, grad
         if s @ y > 1e-12 * (y @ y):
             pairs = [*pairs[-29:], (s, y, 1 / (s @ y))]
-        if gain < 1e-6:
+        idle = idle + 1 if gain < 1e-6 else 0
+        if idle == 3:
             break
     return theta
