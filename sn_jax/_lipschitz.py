@@ -437,9 +437,7 @@ class _Bounds:
                     elif found and (method == "tight" or self.directions <= _MOST_TIGHT):
                         ends = tight(self.graph.x, blocks, found, self.steps, self.say)
                         runs[name] = self.moved(*ends, runs["shift"][1])
-                    elif torus or (found and (torus := self.torus()).is_image):
-                        if found:
-                            torus.by_sources()
+                    elif torus:
                         runs[name] = self.alike(torus.by_channels(), runs)
                 except _TooLargeError:
                     self.notes.append(f"{name} did not run: too many directions for one matrix.")
@@ -881,14 +879,15 @@ class _Bounds:
 
     def torus(self) -> Torus:
         """As a network of convolutions."""
-        return Torus(self.graph.x, self.sources, list(dict.fromkeys(self.graph.outputs)), self.say)
+        outputs = list(dict.fromkeys(self.graph.outputs))
+        return Torus(self.graph.x, self.sources, outputs, self.say)
 
     def alike(self, upper: float, runs) -> tuple[float, list[Op]]:
         """A bound of the outputs alone, with what else is known of sources."""
         log = _log(upper)
         copies = max(self.graph.outputs.count(a) for a in self.graph.outputs)
         log = _times(log, _log(copies) / 2) if copies > 1 else log
-        return log, [*runs["joint"][1][:-1], Op("", "output", math.nan, log)]
+        return log, [*runs["joint"][1], Op("", "output", math.nan, log)]
 
     def moved(self, upper: float, lengths, ops: list[Op]) -> tuple[float, list[Op]]:
         table = [op._replace(log_bound=_log(length))

@@ -446,10 +446,6 @@ class Torus:
         if self.theta is None:
             raise NoTorusError("no multipliers were found")
 
-    @property
-    def is_image(self) -> bool:
-        return not self.fronts.grids[0].is_point
-
     def by_sources(self) -> float:
         """One multiplier for each source."""
         assert self.theta is not None
