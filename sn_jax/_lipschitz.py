@@ -143,7 +143,7 @@ def lipschitz_bound(
     - tight: the best such ellipsoid that has one number for each entry of elementwise functions,
       by an interior-point method (LipSDP-Neuron of Fazlyab et al. 2019, eq. 7, for any graph).
 
-    Where there are too many directions, the last two have one number for each source and for each
+    Where there are too many directions, "tight" (not "auto" yet) has both with one number for each source and each
     channel of a network of convolutions, by frequencies.
 
     It is the constant of the real-arithmetic function of the constants that ``fn`` has. Examples
@@ -431,7 +431,7 @@ class _Bounds:
                     elif name == "ellipsoid" and blocks:
                         found = ellipsoid(self.graph.x, blocks, self.say)
                         runs[name] = self.moved(found.upper, found.lengths, runs["shift"][1])
-                    elif name == "ellipsoid":
+                    elif name == "ellipsoid" and method != "auto":
                         torus = self.torus()
                         runs[name] = self.alike(torus.by_sources(), runs)
                     elif found and (method == "tight" or self.directions <= _MOST_TIGHT):
