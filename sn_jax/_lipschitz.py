@@ -143,8 +143,8 @@ def lipschitz_bound(
     - tight: the best such ellipsoid that has one number for each entry of elementwise functions,
       by an interior-point method (LipSDP-Neuron of Fazlyab et al. 2019, eq. 7, for any graph).
 
-    Where there are too many directions, "tight" (not "auto" yet) has both with one number for each source and each
-    channel of a network of convolutions, by frequencies.
+    Where there are too many directions, method="tight" (not "auto" yet) has the last two with one
+    number for each source and for each channel of a network of convolutions, by frequencies.
 
     It is the constant of the real-arithmetic function of the constants that ``fn`` has. Examples
     in a batch that do not see each other have the constant of one: give a batch of one.
