@@ -159,6 +159,8 @@ class _Network:
         self.axes[self.x] = tuple(-1 if i == channel else next(dims)
                                   for i in range(len(self.x.shape)))  # fmt: skip
         self.n_dims = len(self.x.shape) - 1
+        if not self.n_dims:
+            raise NoTorusError("it has no images")
         ratios: dict[Operation, list[Fraction | None]] = {
             self.x: [Fraction(1) if n > 1 else None for n in self.grid(self.x)]
         }
