@@ -146,7 +146,12 @@ def written_signature(app, what, name, thing, options, signature, returns):
 def marked_docstring(app, what, name, thing, options, lines):
     """Shapes and star arguments, which docstrings write as code does, as literals."""
     for i, line in enumerate(lines):
-        line = re.sub(r"(?<!`)(\(\*[^()`]*\)|\(\.\.\.[^()`]*\))", r"``\1``", line)
+        parts = re.split(r"(``.+?``)", line)  # every second one is a literal already
+        parts[::2] = [
+            re.sub(r"(?<!`)(\(\*[^()`]*\)|\(\.\.\.[^()`]*\))", r"``\1``", part)
+            for part in parts[::2]
+        ]
+        line = "".join(parts)
         lines[i] = re.sub(r"^(\s*)\*args, \*\*kwargs", r"\1\\*args, \\*\\*kwargs", line)
 
 

@@ -4,12 +4,13 @@ import contextlib
 import datetime
 import importlib.metadata
 import io
+import json
 import os
 import platform
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -82,31 +83,30 @@ def command(
 
 
 def in_folder(run: Callable[[T], int]) -> Callable[[T], int]:
-    """What runs in the output folder that its options name, ``out``: it is made first.
-
-    Raises:
-      UserError: (when called) it cannot be written.
-    """
+    """What runs in the folder that its options name, ``out``: it is made first, or UserError."""
 
     def made(options: T) -> int:
-        try:
+        with usable(options.out):
             options.out.mkdir(parents=True, exist_ok=True)
             return run(options)
-        except OSError as error:
-            raise UserError(
-                f"{options.out} cannot be used ({error.strerror}): give a folder that can be "
-                "written by --out."
-            ) from error
 
     return made
 
 
-def check_writable(path: Path) -> None:
-    """Before minutes of work, not after.
+@contextlib.contextmanager
+def usable(folder: Path, option: str = "--out") -> Iterator[None]:
+    """Raises UserError where the file system refuses what is done inside."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"{folder} cannot be used ({error.strerror}): give a folder that can be written by "
+            f"{option}."
+        ) from error
 
-    Raises:
-      UserError: the file cannot be written.
-    """
+
+def check_writable(path: Path) -> None:
+    """Raises UserError where the file cannot be: before minutes of work, not after."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(path, "ab"):
@@ -124,12 +124,8 @@ def check_seed(seed: int) -> None:
 
 
 def check_positive(options: Any, whole: Sequence[str] = (), real: Sequence[str] = ()) -> None:
-    """Check the options of these names; None passes.
-
-    Args:
-      options: whose attributes they are.
-      whole: names of numbers that are at least 1.
-      real: names of numbers that are positive and finite.
+    """Check the attributes of these names: numbers that are at least 1, or just positive and
+    finite; None passes.
 
     Raises:
       ValueError: one is not.
@@ -194,14 +190,69 @@ def write_text(path: Path, text: str) -> None:
     write_bytes(path, text.encode())
 
 
-def aligned(rows: list[list[Any]]) -> str:
-    """A table in plain text: the first column to the left, the others to the right."""
+def write_json(path: Path, value: Any, indent: int | None = None, **options: Any) -> None:
+    """``write_text`` of the value, with options of ``json.dumps``."""
+    write_text(path, json.dumps(value, indent=indent, **options))
+
+
+def read_json(path: Path) -> Any:
+    """Raises UserError if the file is not whole."""
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise UserError(f"{path} is damaged ({error}): give another --out.") from error
+
+
+def write_rows(path: Path, rows: list[dict[str, Any]], **options: Any) -> list[dict[str, Any]]:
+    """Replace a file by these rows, a line of JSON each; the rows again."""
+    write_text(path, "".join(json.dumps(row, **options) + "\n" for row in rows))
+    return rows
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The rows of a file, if it is there; a last one that a kill cut short is left out."""
+    rows = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return rows
+
+
+def resumed(
+    path: Path, jobs: Mapping[Any, Callable[[], dict]], key: Callable[[dict], Any]
+) -> Iterator[tuple[Any, dict[str, Any]]]:
+    """(name of the job, its row) of all jobs; rows are kept in a file as soon as they are made.
+
+    Args:
+      path: of the rows: what is there, as a kill left it, is not made again.
+      jobs: name -> what makes the row.
+      key: from a row to the name of its job.
+    """
+    known = {key(row): row for row in write_rows(path, read_rows(path))}
+    with path.open("a") as file:
+        for name, job in jobs.items():
+            if name not in known:
+                known[name] = job()
+                file.write(json.dumps(known[name]) + "\n")
+                file.flush()
+            yield name, known[name]
+
+
+def markdown(rows: Sequence[Sequence[Any]], right: Collection[int] = ()) -> list[str]:
+    """The lines of a table in Markdown, the first row its head; columns ``right`` to the right."""
+    rule = ["---:" if i in right else "---" for i in range(len(rows[0]))]
+    return [f"| {' | '.join(map(str, row))} |" for row in (rows[0], rule, *rows[1:])]
+
+
+def aligned(rows: Sequence[Sequence[Any]], notes: Sequence[str] | None = None) -> str:
+    """A table in plain text: the first column to the left, the others to the right; a note behind
+    each row."""
     texts = [[str(cell) for cell in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*texts, strict=True)]
-    return "\n".join(
-        "  ".join(
-            cell.rjust(width) if i else cell.ljust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in texts
-    )
+    lines = []
+    for (first, *others), note in zip(texts, notes or [""] * len(texts), strict=True):
+        cells = [first.ljust(widths[0]), *map(str.rjust, others, widths[1:])]
+        lines.append(f"{'  '.join(cells)}   {note}".rstrip())
+    return "\n".join(lines)

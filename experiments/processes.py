@@ -121,12 +121,8 @@ def wait(name: str) -> None:
 
 
 def spawn(commands: Sequence[Sequence[str]], errors: Sequence[Any]) -> list[subprocess.Popen]:
-    """Start one process for each command, to join on the loopback interface.
-
-    Args:
-      commands: one for each.
-      errors: where the standard error of each goes; only the first one's output is shown.
-    """
+    """Start one process for each command, to join on the loopback interface; ``errors`` is where
+    the standard error of each goes, and only the first one's output is shown."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"

@@ -51,6 +51,7 @@ def local_lipschitz(
       sigma, a scalar of the dtype of ``fn``'s value.
     Raises:
       TypeError: x, or the value of fn, is not a floating array.
+      ValueError: fn has no backward pass, as loops of unknown length.
     Example:
       >>> import jax.numpy as jnp
       >>> a = jnp.array([[3.0, 0.0], [4.0, 5.0]])
@@ -96,6 +97,7 @@ def lipschitz_attack(
       ``Attack``: (lower, x).
     Raises:
       TypeError: x0, or the value of fn, is not a floating array.
+      ValueError: fn has no backward pass, as loops of unknown length.
     Example:
       >>> import jax, jax.numpy as jnp
       >>> found = lipschitz_attack(jnp.sin, jax.random.key(0), jnp.array([1.0, 2.0]))
@@ -176,8 +178,14 @@ def _sigma(fn: Callable[[Array], Array], x: Array, v: Array, n_steps: int) -> tu
     value, push = jax.linearize(fn, lax.stop_gradient(x))
     if not jnp.issubdtype(value.dtype, jnp.floating):
         raise TypeError(f"fn must have a floating array as its value; got {value.dtype}.")
-    # A vector that the Jacobian sends to zero stays as it is.
-    v = lax.stop_gradient(power_iteration(push, v, n_steps).v)
+    try:
+        # A vector that the Jacobian sends to zero stays as it is.
+        v = lax.stop_gradient(power_iteration(push, v, n_steps).v)
+    except ValueError as error:  # it is linear: only its transpose can be missing
+        raise ValueError(
+            "fn has no backward pass in JAX, which the norm of its Jacobian takes: "
+            f"{error.__cause__} Write that part with operations that have one."
+        ) from error
     stretched = jax.jvp(fn, (x,), (v,))[1]
     largest = lax.stop_gradient(jnp.max(jnp.abs(stretched), initial=0))
     # The norm has no gradient at zero: there is none to follow either.

@@ -131,8 +131,9 @@ def init(
         w = checked_weight(path, leaves[path], view)
         try:
             check_linear(Operator(view, w), in_w=True)
-        except ValueError as error:
-            raise ValueError(f"{label(path)} of shape {jnp.shape(w)}: {error}") from error
+        except (TypeError, ValueError) as error:
+            kind = TypeError if isinstance(error, TypeError) else ValueError
+            raise kind(f"{label(path)} of shape {jnp.shape(w)}: {error}") from error
         seed = bits ^ np.uint32(zlib.crc32(path.encode()))
         state[path] = _start(w, seed, view=view, n_vectors=n_vectors, warmup=warmup)
     return state
@@ -144,7 +145,7 @@ def spectral_normalize(
     *,
     n_steps: int | Array = 1,
     bound: Norms = 1.0,
-    mode: Literal["divide", "clip"] = "divide",
+    mode: Literal["divide", "clip", "certified"] = "divide",
     gradient: Literal["through", "stop"] = "through",
 ) -> tuple[Params, State]:
     r"""Divide each parameter in ``state`` by its spectral norm, after ``n_steps`` of iteration.
@@ -168,14 +169,19 @@ def spectral_normalize(
         parameters, and returns ``state`` unchanged. May be a traced integer.
       bound: c > 0, one number or a mapping path -> number (all paths of ``state``); or arrays of
         the norms' shape, a number for each batch element; or ``rms_bound(c)`` for any of them.
-      mode: "divide" gives norm c; "clip" multiplies by min(1, c / sigma).
+      mode: "divide" gives norm c; "clip" multiplies by min(1, c / sigma). "certified" divides by an
+        upper bound of the norm, proved in the program's own arithmetic, so that the true norm of
+        what is returned, rounded as it is, is at most c: for ``Matrix`` and ``Conv``. It takes
+        seven products of matrices of the smaller side (of all symbols of a convolution) at every
+        call, ``n_steps=0`` too; derivatives are those of "divide", times a constant.
       gradient: "through" differentiates sigma; "stop" holds it constant.
 
     Returns:
       (params, state): same structure, shapes and dtypes as given.
 
     Raises:
-      ValueError: ``state`` does not fit ``params`` (a path or shape is named); bad option.
+      ValueError: ``state`` does not fit ``params`` (a path or shape is named); bad option; a view
+        whose norm "certified" cannot bound.
       TypeError: a parameter is not floating point; ``n_steps`` no signed integer; ``bound`` no
         number.
 
@@ -186,10 +192,14 @@ def spectral_normalize(
       >>> print(normalized["kernel"])
       [[0.5 0. ]
        [0.  1. ]]
+      >>> certified, _ = spectral_normalize(params, state, n_steps=0, mode="certified")
+      >>> bool(0.999 < jnp.max(certified["kernel"]) <= 1.0)
+      True
     """
     n_steps = _power.as_steps(n_steps)
+    modes = ("divide", "clip", "certified")
     leaves = normalized_leaves(
-        params, state, n_steps=n_steps, bound=bound, mode=mode, gradient=gradient
+        params, state, n_steps=n_steps, bound=bound, mode=mode, gradient=gradient, modes=modes
     )
     changed = {path: leaf.scaled for path, leaf in leaves.items()}
     if isinstance(n_steps, jax.Array) or n_steps > 0:
@@ -213,15 +223,30 @@ class Leaf(NamedTuple):
         return self._replace(scaled=self.scaled.astype(dtype))
 
 
-def normalized_leaves(params: Params, state: State, *, n_steps, bound, mode, gradient):
-    """Path -> Leaf, as ``spectral_normalize`` says, after ``n_steps`` that are an int or traced."""
-    if mode not in ("divide", "clip"):
-        raise ValueError(f'mode must be "divide" or "clip"; got {mode!r}.')
+def normalized_leaves(
+    params: Params, state: State, *, n_steps, bound, mode, gradient, modes=("divide", "clip")
+):
+    """Path -> Leaf, as ``spectral_normalize`` says, after ``n_steps`` that are an int or traced.
+
+    What it wraps may multiply the product instead of the kernel, or cast the kernel once more: no
+    certificate holds then, and ``modes`` leaves it out.
+    """
+    if mode not in modes:
+        named = " or ".join(f'"{mode}"' for mode in modes)
+        hint = ""
+        if mode == "certified":
+            hint = "; that one is of sn_jax.spectral_normalize(params, state) alone"
+        raise ValueError(f"mode must be {named}; got {mode!r}{hint}.")
     if gradient not in ("through", "stop"):
         raise ValueError(f'gradient must be "through" or "stop"; got {gradient!r}.')
     static = n_steps if isinstance(n_steps, int) else None
     weights = weights_of(params, state)
     bounds = _bounds.by_path(bound, state)
+    if mode == "certified":
+        from sn_jax import _certified  # on first use, since it imports SciPy
+
+        for path, w in weights.items():
+            _certified.check(path, w, state[path].view)
     return {
         path: Leaf(w, *_normalize(
             w, state[path], bounds[path], n_steps if static is None else None,
@@ -412,24 +437,30 @@ def _start(w, seed, *, view, n_vectors, warmup):
 def _normalize(w, singular, bound, traced_steps, *, static_steps, mode, gradient):
     n_steps = static_steps if traced_steps is None else traced_steps
     sigma, u, v = _run(_power.iterate, w, singular, n_steps=n_steps)
-    value, factor = _factor(sigma, bound, mode, gradient)
+    value, factor = _factor(sigma, bound, mode, gradient, w, singular.view)
     if traced_steps is not None:
         value = jnp.where(n_steps > 0, value, singular.sigma)
     return singular.view.scale(w, factor), factor, _updated(singular, value, u, v)
 
 
-def _factor(sigma, bound, mode, gradient):
+def _factor(sigma, bound, mode, gradient, w, view):
     """(sigma held constant, what to multiply by for a norm of ``bound``)."""
     value = lax.stop_gradient(sigma)
     tiny = jnp.finfo(value.dtype).tiny
     safe = jnp.where(value < tiny, jnp.ones_like(value), value)
-    factor = jnp.asarray(bound, value.dtype) / safe
+    inverse = 1 / safe
+    if mode == "certified":
+        from sn_jax import _certified
+
+        factor = _certified.factor(w, bound, view)
+    else:
+        factor = jnp.asarray(bound, value.dtype) / safe
     # For weights this large the factor is a subnormal number, which processors flush to zero.
     factor = jnp.where(factor < tiny, jnp.nan, factor)
     if gradient == "through":
         # The factor is a constant divided by a ratio whose value is 1. Its derivatives contain no
         # 1 / sigma^2, which would overflow float32 long before the weights are tiny.
-        factor = factor / _power.with_value(sigma / safe, jnp.ones_like(value))
+        factor = factor / _power.with_value(sigma * inverse, jnp.ones_like(value))
     if mode == "clip":
         factor = jnp.where(value <= bound, jnp.ones_like(factor), factor)
     return value, factor

@@ -6,7 +6,7 @@ Here belongs what both adapters need of Flax's layers; nothing is imported from 
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -117,6 +117,15 @@ def check_scale_init(scale_init: str, use_scale: bool) -> None:
         raise ValueError('scale_init="sigma" is that of a learned scale: give use_scale=True, too.')
 
 
+def check_conv(conv: str) -> None:
+    """Raise unless it is a way to see convolutions, whether or not there are any."""
+    if conv not in get_args(ConvView):
+        raise ValueError(
+            'conv must be "reshape" (taps and input channels by output channels) or "operator" '
+            f"(the map on the input of the call); got {conv!r}."
+        )
+
+
 def raw_scale(leaf: _core.Leaf) -> jax.Array:
     """(*batch,): what the normalized kernel is multiplied by to be the raw one."""
     return 1 / jax.lax.stop_gradient(leaf.factor)
@@ -141,8 +150,6 @@ def conv_view(layer: Any, input_shape: tuple[int, ...] | None, conv: str, *, tra
     swapped = transpose and layer.transpose_kernel
     if conv == "reshape":
         return Matrix((*range(n), n + swapped), n + 1 - swapped)
-    if conv != "operator":
-        raise ValueError(f'conv must be "reshape" or "operator"; got {conv!r}.')
     options = {
         "input_shape": input_shape,
         "strides": layer.strides or 1,

@@ -21,6 +21,7 @@ from scipy.sparse.linalg import LinearOperator, eigsh
 
 from sn_jax._balls import Balls
 from sn_jax._convolutions import One, TapSum, as_convolution, beside, summed, tap_sums
+from sn_jax._cuts import Step, TooWideError, by_cuts
 from sn_jax._ellipsoid import Block, Ellipsoid, ellipsoid
 from sn_jax._graph import Graph, NoPlatform, graph_of
 from sn_jax._matrix_free import FAILURE, norm_above
@@ -147,14 +148,15 @@ def lipschitz_bound(
     number for each source and for each channel of a network of convolutions, by frequencies.
 
     It is the constant of the real-arithmetic function of the constants that ``fn`` has. Examples
-    in a batch that do not see each other have the constant of one: give a batch of one.
+    in a batch that do not see each other have the constant of one: give a batch of one, which is
+    quicker. Parts of a function that share nothing are searched one by one.
 
     Args:
       fn: function of one array, or of a tree that holds one; its results are taken together.
       x: an argument; its shape and dtype count.
       method: one of "product", "merged", "joint", "shift", "ellipsoid", "tight": that one and the
         cruder ones, of which the least is taken; "auto": all that the size allows, "tight" up to
-        300 directions in x and all sources together.
+        300 directions in x and all sources together, of the largest part.
       rtol: how close norms of single matrices are bounded, > 0.
       radius: of an l2 ball around x, > 0: the constant in it, which is less, and finite for
         products, exp and attention; None for all of space. By "shift" and what follows it goes to
@@ -431,15 +433,20 @@ class _Bounds:
                     elif name == "ellipsoid" and blocks:
                         found = ellipsoid(self.graph.x, blocks, self.say)
                         runs[name] = self.moved(found.upper, found.lengths, runs["shift"][1])
-                    elif name == "ellipsoid" and method != "auto":
-                        torus = self.torus()
-                        runs[name] = self.alike(torus.by_sources(), runs)
-                    elif found and (method == "tight" or self.directions <= _MOST_TIGHT):
+                    elif name == "ellipsoid":
+                        try:
+                            runs[name] = self.by_cuts()
+                        except (_TooLargeError, TooWideError):
+                            if method == "auto":
+                                raise
+                            torus = self.torus()
+                            runs[name] = self.alike(torus.by_sources(), runs)
+                    elif found and (method == "tight" or found.directions <= _MOST_TIGHT):
                         ends = tight(self.graph.x, blocks, found, self.steps, self.say)
                         runs[name] = self.moved(*ends, runs["shift"][1])
                     elif torus:
                         runs[name] = self.alike(torus.by_channels(), runs)
-                except _TooLargeError:
+                except (_TooLargeError, TooWideError):
                     self.notes.append(f"{name} did not run: too many directions for one matrix.")
                 except NoTorusError as error:
                     self.notes.append(f"{name} did not run on tori: {error}.")
@@ -811,7 +818,7 @@ class _Bounds:
             key = source.key if shifted and source.key is not None else source.node
             rows = source.rest if shifted and source.rest is not None else source.rows
             if key not in logs:
-                log, block = self._rest(forms, rows, logs, key, shifted and source.entrywise)
+                log, block = self._rest(forms, rows, logs, key, source.groups if shifted else None)
                 logs[key] = log
                 blocks.append(block)
             stack, sums = identity(key), np.ones((1, *key.shape))
@@ -832,7 +839,7 @@ class _Bounds:
         return (log, ops), [*blocks, block]
 
     def _rest(
-        self, forms: _Forms, rows: Rows, logs, key, entrywise: bool = False
+        self, forms: _Forms, rows: Rows, logs, key, of_entries: np.ndarray | None = None
     ) -> tuple[float, Block]:
         groups = [(row,) for row in rows.rows] if rows.added else [rows.rows]
         logs_of, maps = [], []
@@ -867,15 +874,39 @@ class _Bounds:
                 whole[:, at : at + width] = factor * m.matrix
                 columns[s] = whole, error + factor * m.error + 2 * UNIT * factor * float(
                     np.linalg.norm(m.matrix))  # fmt: skip
-        active = _active(rows, key) if key is not None else np.zeros(0, bool)
-        n, entries = int(np.count_nonzero(active)), None
-        if (
-            key is not None
-            and entrywise
-            and all(a.shape == key.shape for row in rows.rows for a, _ in row.terms)
-        ):
-            entries = np.tile(np.where(active, np.cumsum(active) - 1, -1), len(groups))
-        return total, Block(key, columns, n, entries)
+        if key is None:
+            return total, Block(key, columns, 0)
+        active = _active(rows, key)
+        n = int(np.count_nonzero(active))
+        alike = all(a.shape == key.shape for row in rows.rows for a, _ in row.terms)
+        if of_entries is None or not alike:
+            return total, Block(key, columns, n)
+        of_rows = np.tile(np.where(active, of_entries, -1), len(groups))
+        return total, Block(key, columns, n, of_rows, of_entries[active])
+
+    def by_cuts(self) -> tuple[float, list[Op]]:
+        """(bound, table) of the ellipsoid where all directions together are too many."""
+        steps, ops, kept = [], [], 0
+        for source in self.sources:
+            rows = source.rows
+            kept += 2 * source.node.size * sum(a.size for a in self.reached(rows.rows))
+            if rows.added or kept > _MOST_KEPT or any(row.is_infinite for row in rows.rows):
+                raise _TooLargeError
+        for source in self.sources:
+            shifted = source.linear is not None and source.rest is not None
+            rows = source.rest if shifted and source.rest is not None else source.rows
+            linear = self.columns((source.linear,)) if shifted and source.linear else {}
+            steps.append(Step(source.node, source.node.size, linear, self.columns(rows.rows)))
+            ops.append(Op(source.node.where, source.what, _largest(rows), math.nan))
+        steps.append(Step(None, 0, {}, self.columns(self.outputs.rows)))
+        ops.append(Op("", "output", math.nan, math.nan))
+        return self.moved(*by_cuts(self.graph.x, steps, self.say), ops)
+
+    def columns(self, rows: tuple[Row, ...]) -> dict[Operation, _Map]:
+        maps = self.maps(rows)
+        if maps is None:
+            raise _TooLargeError
+        return maps
 
     def torus(self) -> Torus:
         """As a network of convolutions."""

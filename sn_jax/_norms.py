@@ -357,6 +357,10 @@ class _Slice(NamedTuple):
     view: View
     index: tuple[int, ...]
 
+    def __str__(self) -> str:
+        """As an error names it, to whoever has given the view."""
+        return f"{self.view}" + (f" (batch element {self.index})" if self.index else "")
+
 
 def _singles(w: np.ndarray, view: View) -> Iterator[tuple[tuple[int, ...], np.ndarray, Any]]:
     """(batch index, weights, view without batch axes) of every map in a stack."""

@@ -259,7 +259,10 @@ def check_linear(operator: Operator, *, in_w: bool) -> None:
     weight = jax.ShapeDtypeStruct(w.shape, dtype)
     y = jax.eval_shape(view.matvec, weight, x)
     if not hasattr(y, "shape"):
-        raise TypeError(f"{name} returns a {type(y).__name__}; a view's map returns one array.")
+        raise TypeError(
+            f"{name} returns a {type(y).__name__}; a view's map returns one array: leave out what "
+            "is not its output, and join several outputs by jnp.concatenate."
+        )
     try:
         jax.eval_shape(lambda w, y: jax.linear_transpose(partial(view.matvec, w), x)(y), weight, y)
     except Exception as error:

@@ -314,22 +314,35 @@ def _scaled(builder, a: Operation, b: Operation):
 
 
 def _with_and_without_factors(builder, a: Operation):
-    """Of what a group is made, its factors may be a part or not."""
+    """Of what a group is made, any of its factors may be a part: each of (b, factors of b in a)."""
+    found = [(a, [])]
+    if is_indexing(a.op):  # what moves entries moves their factors
+        core, factors = _without_factors(builder, a)
+        return found if core is a else [*found, (core, factors)]
+    while (step := _factor(builder, a)) is not None:
+        a, factor = step
+        found.append((a, [factor, *found[-1][1]]))
     core, factors = _without_factors(builder, a)
-    return [(a, [])] if core is a else [(a, []), (core, factors)]
+    return found if core is a else [*found, (core, [*factors, *found[-1][1]])]
 
 
-def _without_factors(builder, a: Operation) -> tuple[Operation, list[tuple[str, Constant]]]:
-    """(b, constants that it is multiplied by or divided by to give a), through indexing."""
+def _factor(builder, a: Operation) -> tuple[Operation, tuple[str, Constant]] | None:
+    """(b, the one constant that it is multiplied by or divided by to give a), if there is one."""
     if a.op == "neg":
-        core, factors = _without_factors(builder, a.inputs[0])
-        return core, [*factors, ("mul", builder.constant(np.float64(-1)))]
+        return a.inputs[0], ("mul", builder.constant(np.float64(-1)))
     if a.op in ("mul", "div") and len(a.inputs) == 1:
         (inner,) = a.inputs
         (factor,) = [c for c in a.args if c is not inner] or [None]
         if isinstance(factor, Constant) and not (a.op == "div" and a.args[0] is factor):
-            core, factors = _without_factors(builder, inner)
-            return core, [*factors, (a.op, factor)]
+            return inner, (a.op, factor)
+    return None
+
+
+def _without_factors(builder, a: Operation) -> tuple[Operation, list[tuple[str, Constant]]]:
+    """(b, constants that it is multiplied by or divided by to give a), through indexing."""
+    if (step := _factor(builder, a)) is not None:
+        core, factors = _without_factors(builder, step[0])
+        return core, [*factors, step[1]]
     if is_indexing(a.op):
         inner, factors = _without_factors(builder, a.inputs[0])
         if factors:

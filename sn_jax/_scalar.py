@@ -57,6 +57,7 @@ _SAME = {"copy", "copy_p", "stop_gradient", "reduce_precision", "optimization_ba
 _FLIP = {"lt": "gt", "le": "ge", "gt": "lt", "ge": "le"}
 COMPARE = {"lt", "le", "gt", "ge", "eq", "ne"}
 _LOGIC = {"and", "or", "not", "xor"}
+PREDICATES = COMPARE | _LOGIC | {"select_bool"}
 
 
 class Program:
@@ -89,7 +90,7 @@ class Program:
     def is_bool(self, arg: Any) -> bool:
         if not isinstance(arg, Ref):
             return isinstance(arg, bool)
-        return self.nodes[arg][0] in COMPARE | _LOGIC | {"select_bool"}
+        return self.nodes[arg][0] in PREDICATES
 
     def add(self, op: str, args: list[Any], params: Mapping[str, Any]) -> Any:
         if op == "var":

@@ -15,7 +15,7 @@ import numpy as np
 
 from sn_jax._intervals import Interval, meet, plus, times
 from sn_jax._jets import RULES, Evaluation, Jet
-from sn_jax._scalar import Node, Program, Ref, scalar
+from sn_jax._scalar import PREDICATES, Node, Program, Ref, scalar
 
 # Where the two tails may begin; beyond the last, float32 holds no number.
 _TAILS = tuple(2.0**k for k in (3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32, 48, 64, 96, 128))
@@ -149,12 +149,77 @@ def _slopes(program: tuple, low: float, high: float, eps: float) -> Slopes:
     """Through the last affine node that all the rest depends on: its kinks are at exact places."""
     rest, prefix = _rooted(program)
     if not prefix:
-        return _bounded(program, low, high, eps)
-    jet = Evaluation(np.array([[low], [high]])).run(prefix)[-1]
-    ends = [float(x) for x in jet.value.ends[:, 0]]
-    inner = _bounded(rest, *ends, eps)
-    slope = times(np.array([[inner.low], [inner.high]]), jet.first.ends)
-    return inner._replace(low=float(slope[0, 0]), high=float(slope[1, 0]))
+        found = _bounded(program, low, high, eps)
+    else:
+        jet = Evaluation(np.array([[low], [high]])).run(prefix)[-1]
+        ends = [float(x) for x in jet.value.ends[:, 0]]
+        inner = _bounded(rest, *ends, eps)
+        slope = times(np.array([[inner.low], [inner.high]]), jet.first.ends)
+        found = inner._replace(low=float(slope[0, 0]), high=float(slope[1, 0]))
+    return found if _is_finite(found) else _by_parts(program, low, high, eps, found)
+
+
+def _is_finite(found: Slopes) -> bool:
+    return math.isfinite(found.low) and math.isfinite(found.high)
+
+
+def _by_parts(program: tuple, low: float, high: float, eps: float, found: Slopes) -> Slopes:
+    """Slopes of the parts, multiplied or added: looser, but of functions that have kinks without
+    end in a tail, or many after each other, each part alone may still be bounded."""
+    last = len(program) - 1
+    ends = np.array([[found.low], [found.high]])
+    try:
+        for root in range(1, last):
+            if program[root][0] in PREDICATES:
+                continue
+            if (rest := _between(program, root, last)) is not None:
+                inner = _slopes(_required(program, root), low, high, eps)
+                if _is_finite(inner):
+                    outer = _slopes(rest, inner.value_low, inner.value_high, eps)
+                    if _is_finite(outer):
+                        ends = meet(ends, times(_column(inner), _column(outer)))
+        op, args, _ = program[last]
+        if op in ("add", "sub") and not np.isfinite(ends).all():
+            a, b = (
+                _column(_slopes(_required(program, int(arg)), low, high, eps))
+                if isinstance(arg, Ref)
+                else np.zeros((2, 1))
+                for arg in args
+            )
+            ends = meet(ends, plus(a, b if op == "add" else -b[::-1]))
+    except Jump:
+        pass  # of a part, whose other parts make up for it
+    return found._replace(low=float(ends[0, 0]), high=float(ends[1, 0]))
+
+
+def _column(found: Slopes) -> np.ndarray:
+    return np.array([[found.low], [found.high]])
+
+
+def _required(program: tuple, out: int) -> tuple:
+    """The program of node ``out``."""
+    required = _between(program, 0, out)
+    assert required is not None, "every node depends on the variable alone"
+    return required
+
+
+def _between(program: tuple, root: int, out: int) -> tuple | None:
+    """Node ``out`` as a program of node ``root``; None if it depends on the variable otherwise."""
+    needed, stack = {root}, [out]
+    while stack:
+        i = stack.pop()
+        if i not in needed:
+            needed.add(i)
+            stack += [int(a) for a in program[i][1] if isinstance(a, Ref)]
+    if root and 0 in needed:
+        return None
+    order = sorted(needed)
+    new = {old: Ref(i) for i, old in enumerate(order)}
+    body = (
+        (op, tuple(new[int(a)] if isinstance(a, Ref) else a for a in args), params)
+        for op, args, params in (program[i] for i in order[1:])
+    )
+    return (("var", (), None), *body)
 
 
 def _rooted(program: tuple) -> tuple[tuple, tuple]:
@@ -166,23 +231,8 @@ def _rooted(program: tuple) -> tuple[tuple, tuple]:
         if linear and not any(isinstance(a, Ref) or not math.isfinite(a) for a in args[1:]):
             affine.add(i)
     for root in sorted(affine - {0}, reverse=True):
-        needed, stack = set(), [len(program) - 1]
-        while stack:
-            i = stack.pop()
-            if i not in needed:
-                needed.add(i)
-                stack += [int(a) for a in program[i][1] if isinstance(a, Ref)] * (i != root)
-        if 0 not in needed:
-            needed |= {root}
-            order = [root, *sorted(needed - {root})]
-            new = {old: Ref(i) for i, old in enumerate(order)}
-            rest = tuple(
-                (program[i][0],
-                 tuple(new[int(a)] if isinstance(a, Ref) else a for a in program[i][1]),
-                 program[i][2])
-                for i in order[1:]
-            )  # fmt: skip
-            return (("var", (), None), *rest), program[: root + 1]
+        if (rest := _between(program, root, len(program) - 1)) is not None:
+            return rest, program[: root + 1]
     return program, ()
 
 

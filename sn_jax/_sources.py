@@ -61,8 +61,9 @@ class Source(NamedTuple):
       rest: of what is left, likewise.
       key: the operation that the rest belongs to; others share it up to its ``sign``.
       reason: why a constant is infinite.
-      entrywise: whether every entry of the rest moves by at most its own entries of the rows.
       slopes: the least and the largest in the one operation of ``linear``; None of several.
+      groups: of each entry, the group that it is in: the rest of a group moves by at most what the
+        same entries of the rows do; None where only all together do.
     """
 
     node: Operation
@@ -74,8 +75,13 @@ class Source(NamedTuple):
     key: Operation | None = None
     sign: float = 1.0
     reason: str = ""
-    entrywise: bool = False
     slopes: tuple[Any, Any] | None = None
+    groups: np.ndarray | None = None
+
+    @property
+    def entrywise(self) -> bool:
+        """Whether every entry is a group of its own."""
+        return self.groups is not None and np.array_equal(self.groups, _each(self.node))
 
 
 # Rules of other primitives: (shapes and constants of its arguments, parameters) -> constant.
@@ -218,8 +224,10 @@ class Sources:
             linear, rest = Row(((root, middle),)), Rows((Row(((root, radius),)),))
         what += f" [{low:.6g}, {high:.6g}]"
         rows = Rows((Row(((root, steepest),)),))
-        self.sources[node] = Source(node, what, steep, rows, linear, rest, node, 1.0, reason, True,
-                                    (lows, highs) if finite else None)  # fmt: skip
+        self.sources[node] = Source(
+            node, what, steep, rows, linear, rest, node, 1.0, reason,
+            (lows, highs) if finite else None, _each(node),
+        )  # fmt: skip
 
     def _joint(self, node: Operation) -> tuple[Source, Interval]:
         if node.op in RULES:
@@ -242,7 +250,7 @@ class Sources:
             what, sign = ("max", 1.0) if node.op == "larger" else ("min", -1.0)
             ends = [getattr(np, f"{what}imum")(*e) for e in zip(self.ranges[a], self.ranges[b],
                                                                  strict=True)]  # fmt: skip
-            source = Source(node, what, 1.0, rows, linear, rest, gap, sign, entrywise=True)
+            source = Source(node, what, 1.0, rows, linear, rest, gap, sign, groups=_each(node))
             return source, (float(ends[0]), float(ends[1]))
         if node.op in ("mul", "div", "dot_general") and len(node.operands) == 2:
             return self._local_product(node) or self._product(node)
@@ -264,8 +272,10 @@ class Sources:
             self._monotone(node, a)
         if node.op == "softmax" and (found := self._local_softmax(node, a)) is not None:
             linear, rest = found
+        groups = node.params["groups"].array if node.op in ("softmax", "normalize") else None
+        groups = None if groups is None else np.unique(groups, return_inverse=True)[1].ravel()
         return Source(node, what, lipschitz, rows, linear, rest, node, 1.0, reason,
-                      slopes=slopes), values  # fmt: skip
+                      slopes, groups), values  # fmt: skip
 
     # Where x stays in a ball: linear in the middle of it, and a rest that vanishes with it.
 
@@ -335,7 +345,7 @@ class Sources:
         self.balls.combined(node, mid + sum(shifts), linear.terms, off)
         factor = max(float(np.max(s, initial=0.0)) for s in steep)
         return Source(node, f"{node.op} of two", factor, rows, linear, rest, node,
-                      entrywise=True), _EVERYTHING  # fmt: skip
+                      groups=_each(node)), _EVERYTHING  # fmt: skip
 
     def _local_contraction(self, node: Operation, p: Ball, q: Ball) -> tuple[Source, Interval]:
         assert self.balls is not None
@@ -462,7 +472,7 @@ class Sources:
             )
         return Source(
             node, f"{node.op} of two", steep, rows, linear, rest, node, 1.0, reason,
-            rest is not None,
+            groups=None if rest is None else _each(node),
         ), values  # fmt: skip
 
     def _registered(self, node: Operation) -> Source:
@@ -537,6 +547,11 @@ _RISING = {
     "reduce_max", "reduce_min", "sort", "top_k", "cummax", "cummin", "reduce_window_max",
     "reduce_window_min", "logsumexp",
 }  # fmt: skip
+
+
+def _each(node: Operation) -> np.ndarray:
+    """Every entry as a group of its own."""
+    return np.arange(node.size)
 
 
 def _times(a: float, b: float) -> float:

@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import lru_cache, partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -258,6 +258,17 @@ def symbol_stacks(kernel: np.ndarray, lattices: list[Lattice]) -> Iterator[np.nd
     plain = [_waves(x.size, x.size, start, number) for x, start, number in each]
     for _, stack in _transformed(phases, plain):
         yield stack.reshape(-1, *stack.shape[-2:])
+
+
+def responses(lattice: Lattice, count: int, n_taps: int) -> np.ndarray:
+    """(count, n_q, n_p, n_taps): what each tap adds to the symbol at the first frequencies; at the
+    zeroth, how often it does."""
+    low, high = (int(end(lattice.shift, initial=0)) for end in (np.min, np.max))
+    waves = _waves(lattice.size, count, low, high - low + 1)
+    out = np.zeros((count, lattice.n_q, lattice.n_p, n_taps), complex)
+    where: Any = slice(None), lattice.q, lattice.p, lattice.tap
+    np.add.at(out, where, waves[:, lattice.shift - low])
+    return out
 
 
 def _waves(size: int, count: int, first: int, number: int) -> np.ndarray:

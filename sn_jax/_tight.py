@@ -18,7 +18,7 @@ import numpy as np
 import scipy.linalg
 from scipy.linalg import get_lapack_funcs
 
-from sn_jax._ellipsoid import Block, Ellipsoid, certified, stacked
+from sn_jax._ellipsoid import Block, Ellipsoid, Part, certified, joined, stacked
 
 dpotrf, dtrtri = get_lapack_funcs(("potrf", "trtri"), dtype=float)
 # How close rho comes to its least value.
@@ -41,12 +41,29 @@ def tight(
     """
     if not 0 < start.squared < math.inf or len(blocks) == 1:
         return start.upper, start.lengths
-    problem = _Problem(x, blocks, start)
-    rho, t = problem.solve(steps, say)
-    es = problem.covariances(rho, t)
-    upper = certified(rho * start.squared, es, x, blocks)
+    known: dict[int, tuple[float, list[Any]]] = {}
+    for part, begin in start.parts:
+        if id(begin) not in known:
+            known[id(begin)] = _searched(part, begin, steps, say)
+    found = [(part, known[id(begin)]) for part, begin in start.parts]
+    squared = max(square for _, (square, _) in found)
+    es = joined(blocks, [(part, es) for part, (_, es) in found])
+    upper = certified(squared, es, x, blocks)
     # Of the lengths those of the start hold, and the last is what was found.
     return min(upper, start.upper), [*start.lengths[:-1], min(upper, start.lengths[-1])]
+
+
+def _searched(
+    part: Part, begin: Ellipsoid, steps: int, say: Callable[[str], None]
+) -> tuple[float, list[Any]]:
+    """(the squared bound, the covariances) of a part."""
+    if begin.squared == 0:
+        return begin.squared, begin.es
+    problem = _Problem(part.x, part.blocks, begin)
+    rho, t = problem.solve(steps, say)
+    if rho == math.inf:
+        return begin.squared, begin.es
+    return rho * begin.squared, problem.covariances(rho, t)
 
 
 class _Problem:
@@ -62,34 +79,27 @@ class _Problem:
         count = 1
         for block, e, p in zip(blocks[:-1], start.es, self.matrices, strict=False):
             place, p = places[block.key], np.where(live[: p.shape[1]], p, 0.0)
-            if block.entries is None:
-                moves = np.full(block.size, bool(p.any()))
-                kept = np.full(len(p), bool(p.any()))
-                entries = np.zeros(len(p), int)
-            else:
-                kept = p.any(1)
-                entries = block.entries
-                moves = np.zeros(block.size, bool)
-                moves[entries[kept]] = True
+            of_rows, of_entries = block.groups(len(p))
+            kept = p.any(1) & (of_rows >= 0)
+            moves = np.zeros(1 + max(of_rows.max(initial=-1), of_entries.max(initial=-1)), bool)
+            moves[of_rows[kept]] = True
             if e <= 0 or not moves.any():
                 self.members.append(np.full(block.size, -1))
                 live[place] = False
                 continue
             root = math.sqrt(e)
             scale[place] = root
-            if block.entries is None:
-                numbers = np.full(block.size, count)
+            number = np.where(moves, count + np.cumsum(moves) - 1, -1)
+            p, of_rows = p[kept], number[of_rows[kept]]
+            if len(moves) == 1 and len(p) > p.shape[1]:
                 # A smaller matrix with the same P^T P.
-                p = np.linalg.qr(p)[1] if len(p) > p.shape[1] else p
-                of_row.append(np.full(len(p), count))
-                count += 1
-            else:
-                numbers = np.where(moves, count + np.cumsum(moves) - 1, -1)
-                p = p[kept]
-                of_row.append(numbers[entries[kept]])
-                count += int(np.count_nonzero(moves))
+                p = np.linalg.qr(p)[1]
+                of_rows = of_rows[: len(p)]
+            of_row.append(of_rows)
+            count += int(np.count_nonzero(moves))
+            numbers = number[of_entries]
             rows.append(np.pad(p / root, ((0, 0), (0, n - p.shape[1]))))
-            live[place], of_column[place] = moves, numbers
+            live[place], of_column[place] = moves[of_entries], numbers
             self.members.append(numbers)
         self.k = np.concatenate([*rows, np.zeros((0, n))]) * scale
         self.c = self.matrices[-1] * scale / math.sqrt(start.squared)
@@ -194,11 +204,11 @@ class _Problem:
                 continue
             held = np.maximum(_STIFF * seen[len(p.T) : len(p.T) + block.size], 1 / e)
             multipliers = np.where(numbers >= 0, t[numbers] / e, held)
-            if block.entries is None:
-                multipliers = float(np.max(multipliers))
-                weights = np.full(len(p), multipliers)
-            else:
-                weights = np.where(block.entries >= 0, multipliers[block.entries], 0.0)
+            of_rows, of_entries = block.groups(len(p))
+            of_group = np.zeros(1 + max(of_rows.max(initial=-1), of_entries.max(initial=-1)))
+            np.maximum.at(of_group, of_entries, multipliers)
+            multipliers = of_group[of_entries]
+            weights = np.where(of_rows >= 0, of_group[of_rows], 0.0)
             seen[: len(p.T)] += weights @ p**2
             out.append(rho / multipliers)
         return out[::-1]

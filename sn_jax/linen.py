@@ -91,6 +91,7 @@ def views(
       layers_0/kernel Matrix(in_axes=(0, 1, 2), out_axes=(3,))
       layers_2/kernel Matrix(in_axes=(0, 1, 2), out_axes=(3,))
     """
+    _flax.check_conv(conv)
     if not isinstance(variables, Mapping) or "params" not in variables:
         raise TypeError(
             f"views(model, variables, x): variables are what init returned, with 'params'; got "
@@ -488,6 +489,7 @@ class SpectralNorm(nn.Module):
                 "layer is left alone."
             )
         _flax.check_scale_init(self.scale_init, self.use_scale)
+        _flax.check_conv(self.conv)
         if not _is_module(self.layer_instance):
             raise TypeError(
                 f"SpectralNorm wraps a module such as nn.Dense(4), not {self.layer_instance!r}."

@@ -103,6 +103,7 @@ def views(
       layers/1/kernel Matrix(in_axes=(0,), out_axes=(1,))
     """
     _check_model(model, "views(model, *args)")
+    _flax.check_conv(conv)
     graphdef, state = nnx.split(model)
     params = params_of(state)
     uses, beside = uses_of_call(graphdef, state, args, kwargs, conv, method, constants=True)
@@ -287,6 +288,7 @@ class SpectralNorm(nnx.Module):
                 f"{what}: stateless keeps nothing, and store_v=True keeps v; drop one."
             )
         _flax.check_scale_init(scale_init, use_scale)
+        _flax.check_conv(conv)
         if any(isinstance(layer, SpectralNorm) for _, layer in nnx.iter_modules(layer_instance)):
             raise ValueError(f"{what}, which holds a SpectralNorm already: wrap a layer once.")
         self.layer_instance: nnx.Module = layer_instance

@@ -13,11 +13,11 @@ os.environ.setdefault("KILL_SEED", str(int.from_bytes(os.urandom(4))))
 import jax
 import pytest
 
-# Files whose few tests take longest go first, or one process would wait for the other at the end.
-FIRST = ("processes", "gan", "sharding", "gan_methods", "accelerator", "transformer", "certify",
-         "theory")  # fmt: skip
-# Their tests share nothing.
-SPLIT = ("sharding", "norms", "certify", "package", "jax_ecosystem", "theory")
+# Groups that take longest go first, by their CPU seconds; those that wait for others before all.
+FIRST = ("processes", "gan", "sharding", "effective", "gan_methods", "contract", "linen_models",
+         "lipschitz", "nnx_wrapper", "transformer", "slopes", "accelerator")  # fmt: skip
+# Their tests share nothing: given out one by one, at the end, they let the processes end together.
+SPLIT = ("sharding", "theory", "certify", "package", "jax_ecosystem", "norms")
 
 
 def pytest_configure(config):
@@ -38,7 +38,9 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if name(item) not in SPLIT and item.get_closest_marker("xdist_group") is None:
             item.add_marker(pytest.mark.xdist_group(name(item)))
-    items.sort(key=lambda item: FIRST.index(name(item)) if name(item) in FIRST else len(FIRST))
+    rest = sorted({name(item) for item in items} - {*FIRST, *SPLIT})
+    order = {file: i for i, file in enumerate(dict.fromkeys((*FIRST, *rest, *SPLIT)))}
+    items.sort(key=lambda item: order[name(item)])
 
 
 def pytest_collection_finish():

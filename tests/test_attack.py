@@ -12,6 +12,7 @@ from sn_jax import lipschitz_attack, local_lipschitz
 
 A = np.sin(1.0 + np.arange(16.0).reshape(4, 4))
 B = np.cos(3 * A)
+KEY = jax.random.key(0)
 
 
 def residual(x):
@@ -132,3 +133,23 @@ def test_integers_are_refused():
         local_lipschitz(jnp.sin, jnp.arange(3))
     with pytest.raises(TypeError, match="floating"):
         local_lipschitz(lambda x: (x > 0).astype(int), jnp.ones(3))
+
+
+@pytest.mark.parametrize("attack", [local_lipschitz, lambda fn, x: lipschitz_attack(fn, KEY, x, 3)])
+def test_what_has_no_backward_pass_is_named(attack):
+    """Loops of unknown length, and pools that JAX cannot transpose."""
+
+    def pool(x):
+        window = (1, 2, 2, 1)
+        return jax.lax.reduce_window(jnp.tanh(x), -jnp.inf, jax.lax.max, window, (1, 1, 1, 1),
+                                     "VALID", window_dilation=window)  # fmt: skip
+
+    def loop(x):
+        return jax.lax.while_loop(lambda x: x[0] > 1, jnp.sin, x)
+
+    for fn, x, words in (
+        (pool, np.ones((1, 4, 4, 1)), "dilation"),
+        (loop, np.ones(3), "while_loop"),
+    ):
+        with pytest.raises(ValueError, match=f"no backward pass .*{words}"):
+            attack(fn, x)

@@ -91,6 +91,72 @@ def test_four_vectors_track_a_drifting_matrix_more_closely():
     assert np.mean(errors[4][10:]) < 0.2 * np.mean(errors[1][10:])
 
 
+def test_several_vectors_take_shifted_steps():
+    """Of diag(1, .95, .9, .9, ...), two vectors lose .9^2 = .81 a step without a shift. Less half
+    of .95^2 it is (.81 - .451) / (1 - .451) = .65: after 30 steps 3e-6 in place of 2e-3."""
+    w = jnp.diag(jnp.array([1, 0.95, *[0.9] * 6]))
+    state = sn_jax.init({"w": w}, KEY, n_vectors=2, warmup=0)
+    for _ in range(30):
+        _, state = sn_jax.spectral_normalize({"w": w}, state)
+    missed = np.eye(8)[0] - np.asarray(state["w"].v).T @ np.asarray(state["w"].v)[:, 0]
+    assert np.linalg.norm(missed) < 1e-4
+
+
+@pytest.mark.parametrize("scale", [0.0, 1e-30, 1e30, np.inf])
+def test_several_vectors_recover_from_any_stored_v(scale):
+    w = jnp.asarray(known_spectrum(np.random.default_rng(2), (8, 6), gap=0.3), jnp.float32)
+    start = sn_jax.init({"w": w}, KEY, n_vectors=2, warmup=0)["w"]
+    v = jnp.asarray(np.random.default_rng(3).standard_normal(start.v.shape) * scale, jnp.float32)
+    state = {"w": sn_jax.Singular(start.u, v, start.sigma, start.view)}
+    for _ in range(20):
+        _, state = sn_jax.spectral_normalize({"w": w}, state)
+        assert np.isfinite(state["w"].sigma)
+    np.testing.assert_allclose(state["w"].sigma, 1, rtol=svd_rtol((8, 6), "float32"))
+
+
+@pytest.mark.parametrize("shape", [(1, 5), (5, 1), (1, 1)])
+def test_maps_of_single_numbers_at_all_scales(shape):
+    """A vector of one number: XLA multiplies constants with each other that it is scaled by."""
+    w = np.random.default_rng(4).standard_normal(shape).astype(np.float32)
+    for scale in (1e-30, 1e-15, 1.0, 1e15, 1e30):
+        scaled = jnp.asarray(w * np.float32(scale))
+        normalized, state = sn_jax.spectral_normalize(
+            {"w": scaled}, sn_jax.init({"w": scaled}, KEY, warmup=2)
+        )
+        np.testing.assert_allclose(state["w"].sigma, np.linalg.norm(w) * scale, rtol=1e-6)
+        np.testing.assert_allclose(normalized["w"], w / np.linalg.norm(w), rtol=2e-6)
+
+
+@pytest.mark.parametrize("exponent", [-31, -28, -19, -12, 0, 10, 17, 19, 26, 37])
+def test_lengths_have_no_gap_between_their_scales(exponent):
+    """Across all of float32 and for entries of very different sizes, as in float64."""
+    x = np.random.default_rng(5).standard_normal(40).astype(np.float32)
+    x = (x * np.float32(10) ** np.linspace(-4, 0, 40, dtype=np.float32)).astype(np.float64)
+    w = jnp.asarray((x * 10.0**exponent)[:, None], jnp.float32)
+    state = sn_jax.init({"w": w}, KEY, warmup=1)["w"]
+    exact = np.asarray(w[:, 0], np.float64)
+    np.testing.assert_allclose(state.sigma, np.linalg.norm(exact), rtol=1e-6)
+    np.testing.assert_allclose(np.abs(state.v[0]), np.abs(exact) / np.linalg.norm(exact), rtol=1e-6)
+
+
+def test_update_and_loss_share_their_product():
+    """The update's A v is the loss's own, with n_steps=0: two products in all, and no third."""
+    params = {"w": jnp.ones((48, 32))}
+    state = sn_jax.init(params, KEY)
+
+    def step(params, state):
+        _, state = sn_jax.spectral_normalize(params, state)
+
+        def loss(params):
+            normalized, _ = sn_jax.spectral_normalize(params, state, n_steps=0)
+            return jnp.sum(normalized["w"] ** 3)
+
+        return jax.grad(loss)(params), state
+
+    program = jax.jit(step).lower(params, state).compile().as_text()
+    assert len(re.findall(r" dot\(|custom-call\(.*(?:gemm|matmul)", program)) == 2
+
+
 def test_calibrate_resolves_a_small_gap_and_stops_at_max_steps():
     w = jnp.asarray(known_spectrum(np.random.default_rng(0), (40, 30), gap=1e-3))
     state = sn_jax.init({"w": w}, KEY, warmup=0)

@@ -5,6 +5,7 @@ last test reads the source, and fails for an error that no table raises.
 """
 
 import ast
+import dataclasses
 import functools
 import re
 from pathlib import Path
@@ -77,6 +78,15 @@ def nnx_loaded(shape=(3, 4), views=None):
     return sn_jax.nnx.load_state(wrapped(store_v=True), params, init(views, params))
 
 
+def certified(view, w):
+    return normalize({"w": w}, {"w": view}, mode="certified")[0]["w"]
+
+
+def on_one_device(function):
+    mesh = jax.make_mesh((1,), ("d",), axis_types=(jax.sharding.AxisType.Auto,))
+    return jax.shard_map(function, mesh=mesh, in_specs=P("d"), out_specs=P("d"))
+
+
 def projected(params):
     project = project_spectral_norm({"w": Matrix()}, KEY, exact=True)
     return project.update(params, project.init(params), params)
@@ -87,6 +97,27 @@ class Holder(nn.Module):
 
     def __call__(self, x):
         return self.inner(x)
+
+
+def running_sums(w, x):
+    return w * jnp.cumsum(x)
+
+
+@dataclasses.dataclass(frozen=True)
+class Rows:
+    """A view of one's own: ``running_sums`` by each row."""
+
+    def batch_shape(self, shape):
+        return shape[:1]
+
+    def domain(self, shape):
+        return shape[1:]
+
+    def matvec(self, w, x):
+        return jax.vmap(running_sums)(w, x)
+
+    def scale(self, w, factor):
+        return w * factor[:, None]
 
 
 class Diagonal(Matrix):
@@ -103,7 +134,19 @@ TABLE = {
         lambda: init({"enc/kernel": Matrix(0, 5)}),
         ["enc/kernel", "(3, 2)", "axis 5"],
     ),
-    "an unknown mode": (lambda: normalize(mode="cap"), ["'cap'", '"divide"', '"clip"']),
+    "an unknown mode": (lambda: normalize(mode="cap"), ["'cap'", '"divide"', '"certified"']),
+    "a certificate of any linear map": (
+        lambda: certified(Linear(jnp.multiply, (2, 2)), ones(2, 2)),
+        ["w of shape (2, 2)", "Matrix and Conv alone", "norm_bounds"],
+    ),
+    "a certificate of a block": (
+        lambda: on_one_device(functools.partial(certified, Matrix(split=P("d"))))(ones(2, 2)),
+        ["w of shape (2, 2)", "one block", "outside of shard_map"],
+    ),
+    "a certificate in a wrapper": (
+        lambda: of_dense(mode="certified"),
+        ["'certified'", '"divide" or "clip"', "sn_jax.spectral_normalize"],
+    ),
     "an unknown gradient": (lambda: normalize(gradient="none"), ["'none'", '"stop"']),
     "rtol 0": (lambda: sn_jax.calibrate(PARAMS, init(), rtol=0.0), ["rtol", "> 0", "0.0"]),
     "a state of another model": (
@@ -162,6 +205,14 @@ TABLE = {
         lambda: sn_jax.spectral_norm(np.ones((3, 3, 4, 4)), Conv((20, 20)), rtol=1e-17),
         ["Conv((20, 20)", "rtol=1e-17", "larger rtol"],
     ),
+    "more digits than a view of one's own has": (
+        lambda: sn_jax.spectral_norm(np.ones(7), Linear(running_sums, 7), rtol=1e-30),
+        ["residual of Linear(", "(7,)", "larger rtol"],
+    ),
+    "and in a stack": (
+        lambda: sn_jax.spectral_norm(np.ones((2, 7)), Rows(), rtol=1e-30),
+        ["residual of Rows()", "batch element (0,)", "larger rtol"],
+    ),
     "more vectors than fit": (
         lambda: sn_jax.norm_bounds(ones(10**6), Linear(jnp.multiply, 10**6), rtol=1e-9, key=KEY),
         ["rtol=1e-09", "GiB", "larger rtol"],
@@ -213,7 +264,7 @@ TABLE = {
     # a map that is none
     "a view that returns two": (
         lambda: init({"w": Linear(lambda w, x: (x, x), 2)}, {"w": ones(2)}),
-        ["tuple", "one array"],
+        ["w of shape (2,)", "tuple", "one array", "jnp.concatenate"],
     ),
     "a view that is not linear": (
         lambda: init({"w": Linear(lambda w, x: w * x**2, 2)}, {"w": ones(2)}),
@@ -280,11 +331,13 @@ TABLE = {
         lambda: sn_jax.linen.views(linen_block(), {"layers_0": {}}, X),
         ["variables", "'params'"],
     ),
-    "an unknown kind of convolution": (
-        lambda: sn_jax.nnx.views(
-            nnx.Conv(3, 4, (3, 3), rngs=nnx.Rngs(0)), ones(1, 4, 4, 3), conv="fft"
-        ),
-        ['"reshape"', '"operator"', "'fft'"],
+    "convolutions seen in a way that is none": (
+        lambda: sn_jax.linen.views(linen_block(), linen_block().init(KEY, X), X, conv="fft"),
+        ["conv", '"reshape"', '"operator"', "'fft'"],
+    ),
+    "the same where there is no convolution": (
+        lambda: linen_wrapper(nn.Dense(2), conv="fft"),
+        ["conv", '"reshape"', '"operator"', "'fft'"],
     ),
     "nothing to normalize in a layer": (
         lambda: linen_wrapper(nn.LayerNorm()),
@@ -345,6 +398,16 @@ TABLE = {
         ["inner", "Holder", "layer_instance"],
     ),
     # nnx
+    "an unknown kind of convolution": (
+        lambda: sn_jax.nnx.views(
+            nnx.Conv(3, 4, (3, 3), rngs=nnx.Rngs(0)), ones(1, 4, 4, 3), conv="fft"
+        ),
+        ["conv", '"reshape"', '"operator"', "'fft'"],
+    ),
+    "of a convolution that there is not": (
+        lambda: wrapped(conv="fft"),
+        ["conv", '"reshape"', '"operator"', "'fft'"],
+    ),
     "views of a class": (lambda: sn_jax.nnx.views(nnx.Linear, X), ["nnx.Module", "rngs"]),
     "no steps in nnx": (lambda: wrapped(n_steps=0), ["n_steps >= 1", "0"]),
     "a traced bound": (

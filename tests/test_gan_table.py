@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import shlex
+import shutil
 import struct
 
 import jax
@@ -232,6 +233,9 @@ def test_a_table_is_resumed_and_says_what_is_missing(monkeypatch, capsys, tmp_pa
     assert table2.main(args) == 0  # the last row only
     monkeypatch.setattr(table2, "draw", lambda *args: None)
     assert table2.main(args) == 0  # nothing
+    shutil.rmtree(tmp_path / "runs")  # what the table has of runs that are gone stays
+    (tmp_path / "times.json").unlink()
+    assert table2.main(args) == 0
     assert trained[3:] == [("sn", "C")]
     results = json.loads((tmp_path / "results.json").read_text(), parse_constant=pytest.fail)
     assert results["not_run"] == []

@@ -362,7 +362,7 @@ def test_convolutions_as_operators():
     images = jnp.asarray(np.random.default_rng(1).standard_normal((2, 5, 5, 3)), jnp.float32)
     with pytest.raises(ValueError, match=r"size of the input of kernel.*views\(layer, x, conv="):
         SpectralNorm(layer, conv="operator", rngs=nnx.Rngs(0))
-    with pytest.raises(ValueError, match='conv must be "reshape" or "operator"'):
+    with pytest.raises(ValueError, match=r'conv must be "reshape" .* or "operator"'):
         SpectralNorm(layer, conv="operators", rngs=nnx.Rngs(0))
     rules = views(layer, images, conv="operator")
     wrapped = SpectralNorm(layer, conv="operator", rules=rules, warmup=300, rngs=nnx.Rngs(0))

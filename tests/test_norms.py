@@ -212,8 +212,8 @@ def test_users_without_float64_get_it_here():
 @pytest.mark.parametrize("options", [{"padding": "VALID"}, {"padding": "REFLECT"}], ids=str)
 def test_without_work_the_bracket_is_open(options):
     kernel = np.random.default_rng(1).standard_normal((3, 3, 5, 20))
-    view = Conv((32, 32), **options)
-    with pytest.warns(UserWarning, match="e.08 operations, more than work=0, .* without borders"):
+    view = Conv((20, 20), **options)
+    with pytest.warns(UserWarning, match=r"e.0\d operations, more than work=0, .* without borders"):
         lower, upper = norm_bounds(kernel, view, work=0)
     closed = norm_bounds(kernel, view, rtol=1e-7)
     assert closed.lower <= closed.upper <= closed.lower * (1 + 1e-7)
@@ -268,8 +268,8 @@ def test_a_vector_that_is_not_the_leading_one_is_refused(monkeypatch):
 
 
 LONG = [
-    Conv(2100),
-    Conv(3300, strides=3, padding=((5, 1),)),
+    Conv(1100),
+    Conv(1500, strides=3, padding=((5, 1),)),
     Conv(5000, padding="REFLECT"),
     Conv(4999, strides=2, padding="CIRCULAR"),
 ]

@@ -23,7 +23,7 @@ FLOORS = [
     {"_views", "_functions"},
     {"_operator", "_serial", "_symbols", "_trace", "_nnx", "_jets"},
     {"_rules", "_power", "_banded", "_matrix_free", "_ellipsoid", "_fronts", "_slopes"},
-    {"_bounds", "_norms", "_pieces", "_tight"},
+    {"_bounds", "_certified", "_norms", "_pieces", "_tight", "_cuts"},
     {"_core", "_patterns", "_balls", "_operation_norms", "_convolutions"},
     {"_sources", "_caps", "_spectra"},
     {"_flax", "_inspect", "transforms", "convert", "testing", "_graph", "_torus"},
@@ -88,6 +88,7 @@ def test_the_functional_api_knows_no_mesh():
 # Rooms with no public name of their own, and the test of each.
 ROOMS_TESTED_ALONE = {
     "fuzz_slopes.py": {"_scalar", "_slopes"},
+    "test_certified.py": {"_certified"},
     "test_convolutions.py": {"_graph", "_lipschitz"},
     "test_lipschitz.py": {"_graph", "_lipschitz", "_matrix_free"},
     "test_slopes.py": {"_functions", "_jets", "_scalar", "_slopes"},
@@ -107,22 +108,30 @@ def test_experiments_and_tests_use_public_names_only():
 HEAVY = ("scipy", "chex", "flax", "optax", "torch", "jax.extend")
 
 
-def loaded_by(code: str) -> list[str]:
-    """Which heavy modules are there after ``code``, in a new process."""
-    code = f"{code}\nimport sys; print([m for m in {HEAVY} if m in sys.modules])"
+def loaded_by(*steps: str) -> list[list[str]]:
+    """Which heavy modules are there after each piece of code, all in one new process."""
+    look = f"print([m for m in {HEAVY} if m in sys.modules])"
+    code = "\n".join(["import sys, sn_jax", *(f"{step}\n{look}" for step in steps)])
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
-    return ast.literal_eval(result.stdout.splitlines()[-1])
+    return [ast.literal_eval(line) for line in result.stdout.splitlines()]
 
 
 def test_import_loads_no_framework():
-    assert loaded_by("import sn_jax; dir(sn_jax); sn_jax.init, sn_jax.Conv((2, 2))") == []
-    # The check itself sees what is loaded, and submodules and certified norms resolve by name.
-    assert loaded_by("import sn_jax; sn_jax.convert.from_torch") == []
-    assert loaded_by("import sn_jax; sn_jax.norm_bounds") == ["scipy"]
-    assert "optax" in loaded_by("import sn_jax; sn_jax.transforms.project_spectral_norm")
-    for module in ("linen", "nnx"):
-        assert "flax" in loaded_by(f"import sn_jax; sn_jax.{module}.SpectralNorm")
+    """Each step from what the one before has loaded, which the check itself sees."""
+    plain, convert, norms, linen = loaded_by(
+        "dir(sn_jax); sn_jax.init, sn_jax.Conv((2, 2))",
+        "sn_jax.convert.from_torch",
+        "sn_jax.norm_bounds",
+        "sn_jax.linen.SpectralNorm",
+    )
+    assert (plain, convert, norms) == ([], [], ["scipy"])
+    assert "flax" in linen
+    # Submodules resolve by name in either order.
+    optax, nnx = loaded_by("sn_jax.transforms.project_spectral_norm", "sn_jax.nnx.SpectralNorm")
+    assert "optax" in optax
+    assert "flax" not in optax
+    assert "flax" in nnx
 
 
 def test_a_module_may_be_the_first_to_use_it():

@@ -225,6 +225,35 @@ def test_unbounded_slopes_are_infinite():
     assert of(lambda x: x * x, (-1.0, 3.0))[:2] == (-2, 6)
 
 
+MANY_KINKS = {
+    "leaky of sin": (lambda x: jax.nn.leaky_relu(jnp.sin(x)), -1, 1),
+    "elu of sin": (lambda x: jax.nn.elu(jnp.sin(x)), -1, 1),
+    "relu of gelu": (lambda x: jax.nn.relu(jax.nn.gelu(x)), -0.12899308, 1.12899308),
+    "mish of squareplus": (lambda x: jax.nn.mish(jax.nn.squareplus(x)), -0.11252613, 1.08849817),
+    "with a skip": (lambda x: jax.nn.leaky_relu(jnp.sin(x)) - x / 2, -1.5, 0.5),
+    "of a shifted argument": (lambda x: jax.nn.relu(jnp.cos(2 * x + 1)), -2, 2),
+}
+
+
+@pytest.mark.parametrize("name", MANY_KINKS)
+def test_what_has_kinks_without_end_is_bounded_by_its_parts(name):
+    fn, low, high = MANY_KINKS[name]
+    found = of(fn)
+    x = jnp.linspace(-9.0, 9.0, 4001)
+    with jax.numpy_dtype_promotion("standard"):
+        slope = jax.vmap(jax.grad(fn))(x)
+    assert found.low <= slope.min()
+    assert slope.max() <= found.high
+    assert low * (1 + 1e-7) - 1e-7 <= found.low
+    assert found.high <= high * (1 + 1e-7) + 1e-7
+
+
+def test_parts_that_are_unbounded_or_jump_help_nobody():
+    assert of(lambda x: jax.nn.leaky_relu(jnp.sin(x)) * x).high == inf
+    with pytest.raises(Jump):
+        of(lambda x: jnp.where(jnp.sin(x) > 0, 1.0, 2.0))
+
+
 def test_common_subexpressions_share_their_range():
     def twice(x):
         return (3 * x + 1) * jax.nn.sigmoid(3 * x + 1)

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from experiments import cli
 from experiments.accelerator import packages
 from experiments.accelerator.stages import (
     NO_ACCELERATOR,
@@ -28,9 +29,9 @@ from experiments.accelerator.stages import (
     table_of,
     training_numbers,
     work,
-    write_summary,
+    write_summary,  # fmt: skip
 )
-from experiments.cli import UserError, aligned, check_positive, command, in_folder, write_text
+from experiments.cli import UserError
 from experiments.data import default_data_dir, parts
 from experiments.data.fetch import fetch
 
@@ -65,7 +66,7 @@ class Options:
     """Say on stderr what is going on."""
 
     def __post_init__(self) -> None:
-        check_positive(self, real=("minutes", "piece"))
+        cli.check_positive(self, real=("minutes", "piece"))
 
 
 def main(args: list[str], worker: Callable[[str, Task], None] = work) -> int:
@@ -81,7 +82,7 @@ def main(args: list[str], worker: Callable[[str, Task], None] = work) -> int:
 
     kept = "what was done is kept; the same command goes on."
     prog = "python -m experiments.accelerator"
-    return command(Options, prog, args, in_folder(run), interrupted=kept)
+    return cli.command(Options, prog, args, cli.in_folder(run), interrupted=kept)
 
 
 def write_pack(options: Options) -> int:
@@ -129,7 +130,7 @@ class Clock:
         now = time.monotonic()
         if now - self._written > 1:
             self._written = now
-            write_text(self._path, json.dumps([*self._before, round(now - self._start, 1)]))
+            cli.write_json(self._path, [*self._before, round(now - self._start, 1)])
 
 
 def spend(options: Options, worker: Callable[[str, Task], None]) -> int:
@@ -152,7 +153,7 @@ def spend(options: Options, worker: Callable[[str, Task], None]) -> int:
             print(plan(options, table, clock), flush=True)
             carry_out(options, table, clock, worker)
             text = report(options.out, table)
-            write_text(options.out / "table.txt", text)
+            cli.write_text(options.out / "table.txt", text)
     except Timeout as error:
         raise UserError(f"Another call works in {options.out}: wait for its end.") from error
     print(f"\n{text}\n\n{clock.spent() / 60:.1f} of {options.minutes:g} minutes are spent.")
@@ -264,7 +265,7 @@ def plan(options: Options, table: dict[str, Stage], clock: Clock) -> str:
         cells.append([name, state, "?" if minutes is None else f"{minutes:.1f}", basis, when])
     return (
         f"{options.minutes:g} minutes in all, {clock.spent() / 60:.1f} are spent, "
-        f"{clock.call / 60:.1f} are for this call.\n\n{aligned(cells)}\n"
+        f"{clock.call / 60:.1f} are for this call.\n\n{cli.aligned(cells)}\n"
     )
 
 
@@ -297,5 +298,4 @@ def report(out: Path, table: dict[str, Stage]) -> str:
         cells.append([name, summary["state"], "-" if seconds is None else f"{seconds / 60:.1f}"])
         headline = summary.get("numbers", {}).get("headline", "")
         notes.append("; ".join(filter(None, [headline, summary.get("why", "")])))
-    lines = aligned(cells).splitlines()
-    return "\n".join(f"{line}  {note}".rstrip() for line, note in zip(lines, notes, strict=True))
+    return cli.aligned(cells, notes)

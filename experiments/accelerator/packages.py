@@ -59,11 +59,8 @@ def _is_pure(name: str) -> bool:
 
 
 def use(args: list[str]) -> None:
-    """Let what is missing here be found in the data folder that the options name.
-
-    Args:
-      args: of the command line; what parses the rest of them may be missing too.
-    """
+    """Let what is missing here be found in the data folder that the command line's options name;
+    what parses the rest of them may be missing too."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--data-dir", type=Path)
     folder = parser.parse_known_args(args)[0].data_dir

@@ -5,7 +5,6 @@ among them, so that it can be killed at any moment and started again.
 """
 
 import dataclasses
-import json
 import multiprocessing
 import os
 import threading
@@ -20,14 +19,15 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from experiments import cli
 from experiments.accelerator import smoke
 from experiments.bench import __main__ as bench
 from experiments.bench.plots import save_ratios
-from experiments.cli import UserError, aligned, provenance, write_text
+from experiments.cli import UserError
 from experiments.data import SOURCES
 from experiments.data.fetch import Source
 from experiments.gan import table2
-from experiments.gan.loop import Paused, read_json, read_rows
+from experiments.gan.loop import Paused, read_rows, saved_steps
 from experiments.gan.networks import fitting_size
 from experiments.gan.run import open_folder, run
 from experiments.gan.train import PRESETS, Config
@@ -126,9 +126,10 @@ def check(task: Task) -> Outcome:
     """Values against those of a CPU."""
     recorded = dict(np.load(smoke.RECORDED))
     checks = list(smoke.checks(recorded))
-    cells = [[c.name, f"{c.error:.1e}", f"{c.tolerance:.1e}", "" if c.met else "MISSED"]
-             for c in checks]  # fmt: skip
-    write_text(task.folder / "checks.txt", aligned([["", "error", "tolerance", ""], *cells]))
+    cells = [["", "error", "tolerance", ""]]
+    cells += [[c.name, f"{c.error:.1e}", f"{c.tolerance:.1e}", "" if c.met else "MISSED"]
+              for c in checks]  # fmt: skip
+    cli.write_text(task.folder / "checks.txt", cli.aligned(cells))
     missed = [c.name for c in checks if not c.met]
     numbers = {"checks": [c._asdict() | {"met": c.met} for c in checks]}
     numbers["headline"] = f"{len(checks) - len(missed)} of {len(checks)} checks met"
@@ -138,19 +139,19 @@ def check(task: Task) -> Outcome:
 def measure(suite: str, task: Task) -> Outcome:
     """A suite of benchmarks, case by case."""
     path = task.folder / "rows.json"
-    kept = read_json(path) if path.exists() else []
+    kept = cli.read_json(path) if path.exists() else []
     rows, why = [], ""
     limit = min(task.deadline, time.monotonic() + 60 * SUITE_MINUTES)
     for found in bench.SUITES[suite](task.tiny):
         rows += found
         if len(rows) >= len(kept):  # an earlier start may have got further than this
-            write_text(path, json.dumps(bench.as_json(rows), indent=2, allow_nan=False))
+            cli.write_json(path, bench.as_json(rows), indent=2, allow_nan=False)
         if time.monotonic() > limit:
             why = f"its time was over after the case {found[0].case}"
             break
     if why and not kept and time.monotonic() > task.deadline:
         return Outcome("paused", why, {"headline": f"{len(rows)} rows"})
-    write_text(task.folder / "table.txt", bench.table(rows))
+    cli.write_text(task.folder / "table.txt", bench.table(rows))
     if any(row.ratio is not None for row in rows):
         save_ratios(task.folder / "ratios.png", rows, bench.device())
     aims = [row.met for row in rows if row.met is not None]
@@ -208,7 +209,7 @@ def training_numbers(config: Config, out: Path) -> dict[str, Any]:
         "headline": ", ".join(said),
     }
     if (out / "summary.json").exists():
-        summary = read_json(out / "summary.json")
+        summary = cli.read_json(out / "summary.json")
         numbers |= {name: summary[name] for name in ("config", "quality", "memory", "seconds")}
     return numbers
 
@@ -218,27 +219,22 @@ def training_numbers(config: Config, out: Path) -> dict[str, Any]:
 
 def progress_of(folder: Path) -> list[int]:
     """Numbers that grow if a start of a stage has done anything that is kept."""
-    saved = [int(path.name) for path in (folder / "run" / "checkpoints").glob("*")
-             if path.name.isdigit()]  # fmt: skip
-    rows = folder / "rows.json"
-    return [
-        max(saved, default=0),
-        len(read_rows(folder / "run", "fid.jsonl")),
-        len(read_json(rows)) if rows.exists() else 0,
-    ]
+    run, rows = folder / "run", folder / "rows.json"
+    return [max(saved_steps(run), default=0), len(read_rows(run, "fid.jsonl")),
+            len(cli.read_json(rows)) if rows.exists() else 0]  # fmt: skip
 
 
 def read_summary(folder: Path) -> dict[str, Any]:
     """What is known of a stage; ``{"state": "to do"}`` of one that was never started."""
     path = folder / "summary.json"
-    return read_json(path) if path.exists() else {"state": "to do"}
+    return cli.read_json(path) if path.exists() else {"state": "to do"}
 
 
 def write_summary(folder: Path, **changes: Any) -> dict[str, Any]:
     """Change some of what is known of a stage."""
     folder.mkdir(parents=True, exist_ok=True)
     summary = read_summary(folder) | {"stage": folder.name} | changes
-    write_text(folder / "summary.json", json.dumps(summary, indent=2, allow_nan=False))
+    cli.write_json(folder / "summary.json", summary, indent=2, allow_nan=False)
     return summary
 
 
@@ -252,7 +248,7 @@ def work(name: str, task: Task) -> None:
             jax.config.update("jax_compilation_cache_dir", str(cache.absolute()))
     if jax.default_backend() == "cpu" and not task.tiny:
         raise SystemExit(NO_ACCELERATOR)
-    write_summary(task.folder, **provenance())
+    write_summary(task.folder, **cli.provenance())
     numbers: dict[str, Any] = {}
     try:
         state, why, numbers = stage.work(task)
@@ -263,7 +259,7 @@ def work(name: str, task: Task) -> None:
     except UserError as error:
         state, why = "failed", str(error)
     except Exception as error:
-        write_text(task.folder / "error.txt", traceback.format_exc())
+        cli.write_text(task.folder / "error.txt", traceback.format_exc())
         line = f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
         memory = isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error)
         state, why = "failed", f"out of memory, {line}" if memory else line

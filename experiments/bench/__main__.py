@@ -1,49 +1,23 @@
 """``python -m experiments.bench``: sn_jax beside its peers, as ratios within one run."""
 
 import dataclasses
-import json
 import sys
+from importlib import import_module
 from pathlib import Path
 from typing import Literal, get_args
 
 from tqdm import tqdm
 
-from experiments.bench import (
-    caps,
-    comm,
-    compile,
-    conv,
-    gan,
-    lipschitz,
-    memory,
-    norms,
-    scaling,
-    step,
-    tracking,
-    transform,
-)
 from experiments.bench.plots import save_comm, save_ratios, save_scaling
 from experiments.bench.timing import Row
-from experiments.cli import aligned, check_writable, command, provenance, write_text
+from experiments.cli import aligned, check_writable, command, provenance, write_json
 
 Suite = Literal[
-    "transform", "step", "compile", "tracking", "memory", "conv", "scaling", "norms", "caps",
-    "lipschitz", "comm", "gan",
+    "transform", "step", "sngp", "compile", "tracking", "memory", "conv", "scaling", "norms",
+    "caps", "lipschitz", "comm", "gan",
 ]  # fmt: skip
-SUITES = {
-    "transform": transform.rows,
-    "step": step.rows,
-    "compile": compile.rows,
-    "tracking": tracking.rows,
-    "memory": memory.rows,
-    "conv": conv.rows,
-    "scaling": scaling.rows,
-    "norms": norms.rows,
-    "caps": caps.rows,
-    "lipschitz": lipschitz.rows,
-    "comm": comm.rows,
-    "gan": gan.rows,
-}
+# Each is a module of this folder: from whether it is to be quick, the rows of case after case.
+SUITES = {name: import_module(f"experiments.bench.{name}").rows for name in get_args(Suite)}
 # Suites that have curves of their own, beside the picture of the ratios.
 CURVES = {"scaling": save_scaling, "comm": save_comm}
 
@@ -87,7 +61,7 @@ def run(config: Config) -> None:
             save(curves, rows, device())
             print(f"picture  {curves}")
     if config.json:
-        write_text(config.json, json.dumps(as_json(rows), indent=2, allow_nan=False))
+        write_json(config.json, as_json(rows), indent=2, allow_nan=False)
         print(f"rows     {config.json}")
 
 
@@ -113,19 +87,14 @@ def table(rows: list[Row]) -> str:
     """Ratios first."""
     cells = [["ratio", "quartiles", "target", "", "ours", "peer", "unit", "case", "peer's name"]]
     for row in rows:
-        cells.append(
-            [
-                "" if row.ratio is None else f"{row.ratio:.3f}",
-                "" if row.spread is None else f"{row.spread[0]:.3f}-{row.spread[1]:.3f}",
-                "" if row.target is None else f"<= {row.target:.3g}",
-                {None: "", True: "met", False: "MISSED"}[row.met],
-                f"{row.ours:.4g}",
-                "" if row.peer is None else f"{row.peer:.4g}",
-                row.metric,
-                f"{row.suite}: {row.case}",
-                row.peer_name,
-            ]
-        )
+        cells.append([
+            "" if row.ratio is None else f"{row.ratio:.3f}",
+            "" if row.spread is None else f"{row.spread[0]:.3f}-{row.spread[1]:.3f}",
+            "" if row.target is None else f"<= {row.target:.3g}",
+            {None: "", True: "met", False: "MISSED"}[row.met], f"{row.ours:.4g}",
+            "" if row.peer is None else f"{row.peer:.4g}", row.metric, f"{row.suite}: {row.case}",
+            row.peer_name,
+        ])  # fmt: skip
     return f"{device()}; ratio = ours / peer, below 1 is better\n\n{aligned(cells)}"
 
 

@@ -82,13 +82,9 @@ def _rows_of(devices, layout, program, sent, count, largest) -> list[Row]:
 
 
 def fitted(layout: str, program: str, curve: list[tuple[int, float]]) -> list[Row]:
-    """Rows for meshes too large to compile for here, marked as fitted.
+    """Rows for meshes too large to compile for here, from a curve of (devices, bytes) as compiled.
 
     Least squares of ``a + b / (first mesh axis) + c / tp``: a vector is whole, or split along one.
-
-    Args:
-      layout, program: for the rows.
-      curve: (devices, bytes) as compiled.
     """
 
     def features(devices):
@@ -141,17 +137,8 @@ def compiled(devices: int) -> Iterator[dict]:
         state = {"w": replace(made["w"], **sharded)}
         for program, run in PROGRAMS.items():
             sent = collectives(jax.jit(run).lower(params, state).compile().as_text())
-            yield {
-                "layout": name,
-                "program": program,
-                "sent": sum(4 * n for n in sent),
-                "count": len(sent),
-                "largest": max(sent, default=0),
-            }
-
-
-def _update(params, state):
-    return sn_jax.spectral_normalize(params, state)
+            yield {"layout": name, "program": program, "sent": sum(4 * n for n in sent),
+                   "count": len(sent), "largest": max(sent, default=0)}  # fmt: skip
 
 
 def _forward_backward(params, state):
@@ -162,15 +149,11 @@ def _forward_backward(params, state):
     return jax.grad(loss)(params)
 
 
-PROGRAMS = {"update": _update, "forward + backward": _forward_backward}
+PROGRAMS = {"update": sn_jax.spectral_normalize, "forward + backward": _forward_backward}
 
 
 def collectives(program: str) -> list[int]:
-    """Elements of every array that a compiled program sends, or receives, between devices.
-
-    Args:
-      program: what ``compiled.as_text()`` gives.
-    """
+    """Elements of every array that a program, ``compiled.as_text()``, sends or receives."""
     names = "all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter"
     lines = re.findall(rf"= (.+?) (?:{names})(?:-start)?\(", program)
     shapes = [shape for line in lines for shape in re.findall(r"\w\[([\d,]*)\]", line)]

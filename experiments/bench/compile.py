@@ -14,13 +14,9 @@ from experiments.bench.timing import Row, interleaved, median_ratio
 # name -> model of a size (blocks), its batch, targets for (sn_jax.linen, sn_jax). Layers of the
 # transformer share two shapes, so that what is traced once per shape is traced hardly at all.
 CASES = {
-    "{}-block ViT": (
-        lambda blocks: models.VisionTransformer(blocks), (2, 16, 192), (0.7, 0.4),
-    ),
-    "ResNet D": (
-        lambda _: models.ResNetDiscriminator(width=32), (2, 32, 32, 3), (0.7, 0.7),
-    ),
-}  # fmt: skip
+    "{}-block ViT": (models.VisionTransformer, (2, 16, 192), (0.7, 0.4)),
+    "ResNet D": (lambda _: models.ResNetDiscriminator(width=32), (2, 32, 32, 3), (0.7, 0.7)),
+}
 OURS = ("sn_jax.linen", "sn_jax")
 
 
@@ -54,11 +50,7 @@ def _compile(programs, way, step, x):
 
 
 def check(programs: dict, found: dict[str, ways.Step], x: jax.Array) -> None:
-    """The programs that were timed give the same gradients in all three ways of SN.
-
-    Raises:
-      AssertionError: one of them does not.
-    """
+    """Asserts that the programs that were timed give the same gradients in all three ways of SN."""
     grads = {}
     for way in ("flax.linen", *OURS):
         result, _ = programs[way](found[way].params, found[way].state, x)
@@ -69,11 +61,7 @@ def check(programs: dict, found: dict[str, ways.Step], x: jax.Array) -> None:
 
 
 def count_instructions(hlo: str) -> int:
-    """Of a program's text, in all of its computations.
-
-    Args:
-      hlo: what ``compiled.as_text()`` gives.
-    """
+    """Of a program's text, ``compiled.as_text()``, in all of its computations."""
     return sum(" = " in line for line in hlo.splitlines())
 
 
@@ -84,26 +72,15 @@ def added(
     seconds: dict[str, np.ndarray],
     instructions: dict[str, int],
 ) -> list[Row]:
-    """Two rows: what one of our ways adds to "without", over what flax.linen adds.
-
-    Args:
-      case: for the rows.
-      ours: which of our ways.
-      target: for both ratios.
-      seconds: way -> times of the rounds.
-      instructions: way -> size of its program.
-    """
+    """Two rows: what one of our ways adds to "without", over what flax.linen adds, of the times of
+    the rounds and of the sizes of the programs by way."""
     extra = {way: seconds[way] - seconds["without"] for way in (ours, "flax.linen")}
     ratio, spread = median_ratio(extra[ours], extra["flax.linen"])
     more = {way: instructions[way] - instructions["without"] for way in (ours, "flax.linen")}
     case = f"{case}, {ours}"
     return [
-        Row(
-            "compile", case, "s added", float(np.median(extra[ours])),
-            float(np.median(extra["flax.linen"])), "flax.linen", ratio, spread, target,
-        ),
-        Row(
-            "compile", case, "HLO instructions added", more[ours],
-            more["flax.linen"], "flax.linen", more[ours] / more["flax.linen"], target=target,
-        ),
+        Row("compile", case, "s added", float(np.median(extra[ours])),
+            float(np.median(extra["flax.linen"])), "flax.linen", ratio, spread, target),
+        Row("compile", case, "HLO instructions added", more[ours], more["flax.linen"],
+            "flax.linen", more[ours] / more["flax.linen"], target=target),
     ]  # fmt: skip

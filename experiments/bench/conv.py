@@ -9,11 +9,13 @@ import numpy as np
 from jax import lax
 
 import sn_jax
+from experiments.bench import ways
 from experiments.bench.timing import Row, compare, interleaved
 from experiments.bench.trees import sn_gan_cnn
 
 BATCH = 64
 TARGET = 1 / 20
+_update = jax.jit(ways.update, static_argnums=2)
 # Kernel, size of the image, stride.
 LAYER = [((3, 3, 64, 64), 32, 1)]
 # What the standard discriminator's layers see: its 3x3 have stride 1, its 4x4 halve.
@@ -80,11 +82,6 @@ def _layers(case: str, layers: list, rounds: int) -> Iterator[list[Row]]:
                       within_spread={"n_steps=1, five times"})  # fmt: skip
 
 
-@partial(jax.jit, static_argnums=2)
-def _update(params, state, n_steps):
-    return sn_jax.spectral_normalize(params, state, n_steps=n_steps)[1]
-
-
 def convolution(x: jax.Array, w: jax.Array, stride: int) -> jax.Array:
     """The layer: no code of sn_jax."""
     return lax.conv_general_dilated(
@@ -93,11 +90,7 @@ def convolution(x: jax.Array, w: jax.Array, stride: int) -> jax.Array:
 
 
 def check(params: dict, state: sn_jax.State, convolve: dict) -> None:
-    """A few steps on, the layer itself stretches v by sigma and no noise by more.
-
-    Raises:
-      AssertionError: it does not.
-    """
+    """Asserts that, a few steps on, the layer itself stretches v by sigma and no noise by more."""
     for _ in range(20):
         state = _update(params, state, 1)
     for name, w in params.items():

@@ -50,12 +50,7 @@ def rows(quick: bool) -> Iterator[list[Row]]:
 
 
 class Engine:
-    """A call makes so many steps, each one update of both networks.
-
-    Args:
-      normalization: a method of ``experiments.gan``.
-      width, images, steps: as it says.
-    """
+    """A call makes so many steps of ``experiments.gan``, each one update of both networks."""
 
     def __init__(self, normalization: str, width: int, images: np.ndarray, steps: int):
         config = Config(normalization=normalization, width=width, batch_size=BATCH)

@@ -14,18 +14,12 @@ from experiments.certify.nets import NETS, Mixer
 
 
 class Case(NamedTuple):
-    """A network with random weights.
-
-    Attributes:
-      module, shape: of its input.
-      method: up to which methods run, by default all.
-      aim: seconds; None where they are only reported.
-    """
+    """A network with random weights."""
 
     module: nn.Module
-    shape: tuple[int, ...]
-    method: str = "auto"
-    aim: float | None = None
+    shape: tuple[int, ...]  # of its input
+    method: str = "auto"  # up to which methods run, by default all
+    aim: float | None = None  # seconds; None where they are only reported
 
 
 CASES = {

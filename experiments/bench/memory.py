@@ -13,11 +13,8 @@ WIDTH, BATCH = 1024, 64
 
 
 def rows(quick: bool) -> Iterator[list[Row]]:
-    """Four dense layers: the forward pass, the gradients, and the residuals in between.
-
-    Args:
-      quick: no matter: nothing is run.
-    """
+    """Four dense layers: the forward pass, the gradients, and the residuals in between; nothing is
+    run, so all is ``quick``."""
     rng = np.random.default_rng(0)
     x = jnp.asarray(rng.standard_normal((BATCH, WIDTH)), jnp.float32)
     found = ways.contenders(models.DenseNet(WIDTH), x)
@@ -42,13 +39,7 @@ def rows(quick: bool) -> Iterator[list[Row]]:
 
 
 def peak_bytes(function, step: ways.Step, x: jax.Array) -> int:
-    """Temporaries and outputs of a compiled step; its arguments are there anyway.
-
-    Args:
-      function: of ``step``.
-      step: with its arguments.
-      x: a batch.
-    """
+    """Temporaries and outputs of a compiled function of a step; its arguments are there anyway."""
     analysis = jax.jit(function).lower(step.params, step.state, x).compile().memory_analysis()
     return analysis.temp_size_in_bytes + analysis.output_size_in_bytes
 
@@ -56,15 +47,8 @@ def peak_bytes(function, step: ways.Step, x: jax.Array) -> int:
 def extra(
     case: str, used: dict[str, int], ours: str, kernels: int, target: float | None
 ) -> list[Row]:
-    """What SN adds, as a share of all kernels, and beside what flax.linen's adds.
-
-    Args:
-      case: for the rows.
-      used: way -> bytes.
-      ours: which of our ways.
-      kernels: bytes of all kernels.
-      target: for the share.
-    """
+    """What one of our ways adds, as a share of all kernels (whose target is ``target``), and beside
+    what flax.linen's adds; all in bytes."""
     more, theirs = (used[way] - used["without"] for way in (ours, "flax.linen"))
     return [
         Row("memory", case, "MB added", more / 1e6, kernels / 1e6, "all kernels",
@@ -75,12 +59,8 @@ def extra(
 
 
 def count_residuals(step: ways.Step, x: jax.Array) -> int:
-    """Different arrays of a kernel's size that the backward pass keeps, the kernels included.
-
-    Args:
-      step: whose loss it is.
-      x: a batch, smaller than a kernel.
-    """
+    """Different arrays of a kernel's size that the backward pass keeps, the kernels included; the
+    batch x is smaller than one."""
     sizes = [w.size for w in jax.tree.leaves(step.params) if w.ndim == 2]
 
     def residuals(params):

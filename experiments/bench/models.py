@@ -10,12 +10,11 @@ import sn_jax.linen
 Wrap = Callable[[nn.Module], Callable]
 
 
+by_sn_jax = sn_jax.linen.SpectralNorm
+
+
 def plain(layer: nn.Module) -> Callable:
     return layer
-
-
-def by_sn_jax(layer: nn.Module) -> Callable:
-    return sn_jax.linen.SpectralNorm(layer)
 
 
 def by_flax(layer: nn.Module) -> Callable:

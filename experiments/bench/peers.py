@@ -18,19 +18,12 @@ Tree = dict[str, dict[str, jax.Array]]
 
 
 class Contender(NamedTuple):
-    """One library's way from raw to normalized kernels.
+    """One library's way from raw to normalized kernels."""
 
-    Attributes:
-      weights: the kernels in its own layout; the leaves are in the order of the names.
-      state: whatever else it keeps between steps.
-      forward: (weights, state) -> (normalized, state): one step of training.
-      outputs_first: whether its layout is (out, in, ...).
-    """
-
-    weights: Any
-    state: Any
-    forward: Callable[[Any, Any], tuple[Any, Any]]
-    outputs_first: bool = False
+    weights: Any  # the kernels in its own layout; the leaves are in the order of the names
+    state: Any  # whatever else it keeps between steps
+    forward: Callable[[Any, Any], tuple[Any, Any]]  # from and to these: one step of training
+    outputs_first: bool = False  # whether its layout is (out, in, ...)
 
 
 def outputs_first(w):

@@ -1,25 +1,19 @@
-"""The pictures of a benchmark."""
-
-from pathlib import Path
+"""The pictures of a benchmark: of its rows, with the device in the title."""
 
 import numpy as np
 from matplotlib.figure import Figure
 
 from experiments.bench.timing import Row
+from experiments.pictures import picture
 
 LEAST = 1 / 64
 
 
-def save_ratios(path: Path, rows: list[Row], device: str) -> None:
-    """Ours over the peer's, one bar per comparison, on a logarithmic scale.
-
-    Args:
-      path: of the PNG file.
-      rows: those without a ratio are left out.
-      device: for the title.
-    """
+@picture(10, 1.5)
+def save_ratios(figure: Figure, rows: list[Row], device: str) -> None:
+    """Ours over the peer's, one bar per comparison that has a ratio, on a logarithmic scale."""
     rows = [row for row in rows if row.ratio is not None][::-1]
-    figure = Figure(figsize=(10, 1.5 + 0.32 * len(rows)), layout="constrained")
+    figure.set_figheight(1.5 + 0.32 * len(rows))
     axes = figure.subplots()
     # A ratio of bytes or of added time can be 0 or less: drawn at the edge.
     ratios = np.maximum([row.ratio for row in rows], LEAST)
@@ -44,18 +38,11 @@ def save_ratios(path: Path, rows: list[Row], device: str) -> None:
     axes.set(title=f"Time or size of sn_jax / that of the peer ({device})",
              xlabel="ratio: left of 1 is better; black line: target")  # fmt: skip
     axes.grid(axis="x", alpha=0.3)
-    figure.savefig(path, dpi=150)
 
 
-def save_scaling(path: Path, rows: list[Row], device: str) -> None:
-    """Time of an update against the bytes that it reads, both axes logarithmic.
-
-    Args:
-      path: of the PNG file.
-      rows: of the suite "scaling"; others are left out.
-      device: for the title.
-    """
-    figure = Figure(figsize=(10, 4.5), layout="constrained")
+@picture(10, 4.5)
+def save_scaling(figure: Figure, rows: list[Row], device: str) -> None:
+    """Of the suite "scaling": time of an update against the bytes that it reads, logarithmic."""
     panels = {"matrix": "side of one matrix", "leaves": "number of 64x64 matrices"}
     for axes, (kind, label) in zip(figure.subplots(1, 2), panels.items(), strict=True):
         chosen = [row for row in rows if (row.suite, row.metric) == ("scaling", "ms")
@@ -74,17 +61,11 @@ def save_scaling(path: Path, rows: list[Row], device: str) -> None:
         axes.set(xlabel=label, ylabel="milliseconds")
         axes.grid(alpha=0.3)
     figure.suptitle(f"Cost of an update of u, v and sigma ({device})")
-    figure.savefig(path, dpi=150)
 
 
-def save_comm(path: Path, rows: list[Row], device: str) -> None:
-    """Bytes sent by a device against the number of devices; hollow where they are fitted.
-
-    Args:
-      path: of the PNG file.
-      rows: of the suite "comm"; others are left out.
-      device: for the title.
-    """
+@picture(8, 4.5)
+def save_comm(figure: Figure, rows: list[Row], device: str) -> None:
+    """Of "comm": bytes sent by a device against how many there are; hollow where fitted."""
     curves: dict[str, list[tuple[int, float, bool]]] = {}
     for row in rows:
         if (row.suite, row.metric) == ("comm", "bytes a device") and ", update, " in row.case:
@@ -92,7 +73,6 @@ def save_comm(path: Path, rows: list[Row], device: str) -> None:
             curves.setdefault(layout, []).append(
                 (int(devices.split()[0]), row.ours, devices.endswith("(fitted)"))
             )
-    figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.subplots()
     for layout, points in curves.items():
         x, y, is_fitted = (np.array(column) for column in zip(*points, strict=True))
@@ -105,4 +85,3 @@ def save_comm(path: Path, rows: list[Row], device: str) -> None:
     axes.minorticks_off()
     axes.legend()
     axes.grid(alpha=0.3)
-    figure.savefig(path, dpi=150)

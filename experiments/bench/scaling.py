@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import sn_jax
+from experiments.bench import ways
 from experiments.bench.timing import Row, compare, interleaved
 
 SIZES = [64 * 2**i for i in range(8)]  # to 8192
@@ -29,11 +30,7 @@ def rows(quick: bool) -> Iterator[list[Row]]:
 
 
 def growth(fewer: Row, more: Row) -> Row:
-    """The time of one leaf among many over that among fewer.
-
-    Args:
-      fewer, more: rows "leaves 10" and "leaves 100", or the like.
-    """
+    """The time of one leaf among many over that among fewer, of rows such as "leaves 10"."""
     (a, few), (b, many) = ((row.ours, int(row.case.split()[1])) for row in (fewer, more))
     return Row(
         "scaling", f"one of {many} leaves", "ms per leaf", b / many, a / few,
@@ -48,16 +45,11 @@ def _update_time(case: str, leaves: int, size: int, target: float | None) -> lis
     state = sn_jax.init(params, jax.random.key(0), {".*": sn_jax.Matrix()}, warmup=1)
     megabytes = leaves * size * size * 4 / 1e6
     rounds = 7 if megabytes > 50 else 30
-    seconds = interleaved(
-        {"sn_jax": partial(_update, params, state), FLOOR: partial(_read_twice, params)}, rounds
-    )
+    calls = {"sn_jax": partial(jax.jit(ways.update), params, state),
+             FLOOR: partial(_read_twice, params)}  # fmt: skip
+    seconds = interleaved(calls, rounds)
     targets = {FLOOR: target} if target else None
     return compare("scaling", case, seconds, targets=targets, within_spread={FLOOR})
-
-
-@jax.jit
-def _update(params, state):
-    return sn_jax.spectral_normalize(params, state)[1]
 
 
 @jax.jit

@@ -9,14 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from experiments.bench.models import (
-    Critic,
-    Discriminator,
-    TransformerBlock,
-    by_flax,
-    by_sn_jax,
-    plain,
-)
+from experiments.bench import models
 from experiments.bench.timing import Row, compare, interleaved
 
 # width, batch, the part of what flax adds that is aimed at.
@@ -26,61 +19,44 @@ CRITICS = [(256, 256, 1.0), (512, 256, 1.0), (1024, 256, 0.7), (2048, 64, 0.4)]
 def rows(quick: bool) -> Iterator[list[Row]]:
     """What SN adds here in per cent, and what flax.linen's adds; and the steps' times."""
     for width, batch, target in CRITICS[:1] if quick else CRITICS:
-        model = partial(Critic, width=width)
+        model = partial(models.Critic, width=width)
         x = jax.random.normal(jax.random.key(1), (batch, width))
         yield added(f"critic, width {width}, batch {batch}", model, x, target)
     if quick:
         return
     ensemble = nn.vmap(
-        Critic,
-        variable_axes={"params": 0, "batch_stats": 0},
-        split_rngs={"params": True},
-        in_axes=None,
-        axis_size=10,
-    )
+        models.Critic, variable_axes={"params": 0, "batch_stats": 0}, split_rngs={"params": True},
+        in_axes=None, axis_size=10,
+    )  # fmt: skip
     x = jax.random.normal(jax.random.key(1), (256, 256))
     yield added("10 critics, width 256, batch 256", partial(ensemble, width=256), x, 1.0)
     x = jax.random.normal(jax.random.key(1), (4, 197, 768))
-    yield added("ViT-B block, 4 x 197 tokens", TransformerBlock, x, 0.4)
+    yield added("ViT-B block, 4 x 197 tokens", models.TransformerBlock, x, 0.4)
     images = jax.random.normal(jax.random.key(1), (64, 32, 32, 3))
-    yield added("SN-GAN discriminator, batch 64", Discriminator, images, None, most=1.03)
+    yield added("SN-GAN discriminator, batch 64", models.Discriminator, images, None, most=1.03)
 
 
 def added(
-    case: str,
-    model: Callable[..., nn.Module],
-    x: jax.Array,
-    target: float | None,
-    most: float | None = None,
+    case: str, model: Callable[..., nn.Module], x: jax.Array, target: float | None, most: float = 0
 ) -> list[Row]:
-    """Time the model's train step with our SN, flax's and none.
+    """Time the step of ``model(wrap=...)`` on a batch with our SN, flax's and none.
 
     Args:
-      case: name of the row.
-      model: ``model(wrap=...)`` is the module.
-      x: a batch.
       target: the part of what flax adds that is aimed at; or
       most: the largest ratio of our step to the one without.
     """
-    wraps = {"plain": plain, "ours": by_sn_jax, "flax": by_flax}
+    wraps = {"plain": models.plain, "ours": models.by_sn_jax, "flax": models.by_flax}
     calls = {name: train_step(model(wrap=wrap), x) for name, wrap in wraps.items()}
     start = interleaved(calls, rounds=1)
     seconds = interleaved(calls, rounds=int(np.clip(20 / start["plain"][0] / 3, 5, 400)))
     percent = {name: 100 * (np.median(seconds[name] / seconds["plain"]) - 1) for name in calls}
     times = {"sn_jax": seconds["ours"], "no SN": seconds["plain"], "flax.linen": seconds["flax"]}
-    rows = compare("step", case, times, targets=None if most is None else {"no SN": most})
-    if most is not None:
+    rows = compare("step", case, times, targets={"no SN": most} if most else None)
+    if most:
         return rows
-    added = Row(
-        suite="step",
-        case=case,
-        metric="% added",
-        ours=float(percent["ours"]),
-        peer=float(percent["flax"]),
-        peer_name="flax.linen",
-        ratio=float(percent["ours"] / max(percent["flax"], 0.1)),
-        target=target,
-    )
+    ratio = float(percent["ours"] / max(percent["flax"], 0.1))
+    added = Row("step", case, "% added", float(percent["ours"]), float(percent["flax"]),
+                "flax.linen", ratio, target=target)  # fmt: skip
     return [added, *rows]
 
 

@@ -11,32 +11,22 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Row:
-    """One comparison. ``ratio`` is ours over the peer's: below 1 is better.
-
-    Attributes:
-      suite, case, metric: what was measured, in which unit.
-      ours, peer: medians.
-      peer_name: whom it is compared with.
-      ratio: median of the paired ratios; None where only a value is reported.
-      spread: quartiles of the paired ratios.
-      target: the ratio should be at most this; None where it is only reported.
-      within_spread: whether it is enough that the lower quartile is at most the target.
-      met: whether the target is.
-    """
+    """One comparison. ``ratio`` is ours over the peer's: below 1 is better."""
 
     suite: str
     case: str
-    metric: str
-    ours: float
+    metric: str  # the unit
+    ours: float  # a median, as is the peer's
     peer: float | None = None
     peer_name: str = ""
-    ratio: float | None = None
-    spread: tuple[float, float] | None = None
-    target: float | None = None
-    within_spread: bool = False
+    ratio: float | None = None  # median of the paired ratios; None where only a value is reported
+    spread: tuple[float, float] | None = None  # quartiles of the paired ratios
+    target: float | None = None  # the ratio should be at most this; None where it is only reported
+    within_spread: bool = False  # it is enough that the lower quartile is at most the target
 
     @property
     def met(self) -> bool | None:
+        """Whether the target is."""
         if self.target is None:
             return None
         best = self.spread[0] if self.within_spread and self.spread else self.ratio
@@ -80,11 +70,7 @@ def interleaved(
 
 
 def median_ratio(ours: np.ndarray, theirs: np.ndarray) -> tuple[float, tuple[float, float]]:
-    """Median and quartiles of the paired ratios.
-
-    Args:
-      ours, theirs: values of the same rounds.
-    """
+    """Median and quartiles of the paired ratios of values of the same rounds."""
     low, median, high = np.quantile(ours / theirs, (0.25, 0.5, 0.75))
     return float(median), (float(low), float(high))
 
@@ -111,19 +97,9 @@ def compare(
     for peer, times in seconds.items():
         if peer == ours:
             continue
+        our, their = (1e3 * float(np.median(x)) for x in (seconds[ours], times))
         ratio, spread = median_ratio(seconds[ours], times)
-        rows.append(
-            Row(
-                suite=suite,
-                case=case,
-                metric="ms",
-                ours=1e3 * float(np.median(seconds[ours])),
-                peer=1e3 * float(np.median(times)),
-                peer_name=peer,
-                ratio=ratio,
-                spread=spread,
-                target=(targets or {}).get(peer),
-                within_spread=peer in within_spread,
-            )
-        )
+        target = (targets or {}).get(peer)
+        rows.append(Row(suite, case, "ms", our, their, peer, ratio, spread, target,
+                        peer in within_spread))  # fmt: skip
     return rows

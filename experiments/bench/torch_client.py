@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 
 APIS = {"torch hook": "hook", "torch parametrization": "parametrization"}
 
@@ -27,9 +26,6 @@ class TorchClient:
     def __init__(self, process: subprocess.Popen):
         self._process = process
         self.version = self._receive()
-
-    def load(self, api: str, weights: list[np.ndarray], cotangents: list[np.ndarray]) -> None:
-        self.ask("load", api, weights, cotangents)
 
     def seconds(self, step: str, api: str) -> float:
         """Of one step, "forward" or "forward + backward", in its process."""

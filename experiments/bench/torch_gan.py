@@ -10,11 +10,9 @@ class Trainer:
     normalization by torch.nn.utils.parametrizations.
 
     Args:
-      torch: the module.
-      device: "cpu" or "cuda".
+      torch, device: the module, and "cpu" or "cuda".
       compiled: whether the losses go through torch.compile.
-      width: channels of the first discriminator stage.
-      batch_size: real images, and as many generated ones.
+      width, batch_size: as in ``experiments.gan``.
       images: uint8, (n, size, size, channels).
     """
 

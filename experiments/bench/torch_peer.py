@@ -6,12 +6,14 @@
   torch.nn.utils.spectral_norm, "parametrization" is torch.nn.utils.parametrizations.
 * ``("forward", api)``, ``("forward + backward", api)`` -> seconds of one step.
 * ``("results", api)`` -> arrays of the last step: normalized, then gradients if it had them.
-* ``("gan", name, ...)`` -> None: a ``torch_gan.Trainer``; ``("train", name, n)`` -> seconds.
+* ``("gan", name, ...)``, ``("sngp", name, ...)`` -> None: a ``Trainer`` of ``torch_gan``, of
+  ``torch_sngp``; ``("train", name, n)`` -> seconds.
 
 What goes wrong is answered in one line, as ``("failed", line)``. The first message, unasked, is
 torch's version.
 """
 
+import importlib
 import os
 import pickle
 import sys
@@ -46,10 +48,9 @@ def server(device: str) -> None:
                 models[api] = _Model(torch, api, *arguments, device)
             elif kind == "results":
                 result = models[api].results()
-            elif kind == "gan":
-                import torch_gan  # beside this file
-
-                models[api] = torch_gan.Trainer(torch, device, *arguments)
+            elif kind in ("gan", "sngp"):
+                beside = importlib.import_module(f"torch_{kind}")  # this file
+                models[api] = beside.Trainer(torch, device, *arguments)
             elif kind == "train":
                 result = models[api].seconds(*arguments)
             else:

@@ -12,11 +12,13 @@ from scipy.sparse.linalg import svds
 
 import sn_jax
 from experiments import data
+from experiments.bench import ways
 from experiments.bench.timing import Row, compare, interleaved
 
 DRIFT = 0.02
 BURN_IN = 20
 KEY = jax.random.key(0)
+_update = jax.jit(ways.update)
 
 
 def rows(quick: bool) -> Iterator[list[Row]]:
@@ -61,12 +63,9 @@ def _times(size: int, large: bool) -> Iterator[list[Row]]:
         "n_vectors=1": updates["n_vectors=1"],
     }
     seconds = interleaved(calls, rounds=15)
-    yield [
-        compare("tracking", f"{size}x{size}, {name}", {name: seconds[name], "one update": one},
-                ours=name)[0]
-        for one in [seconds["n_vectors=1"]]
-        for name in list(calls)[:2]
-    ]  # fmt: skip
+    one = {"one update": seconds.pop("n_vectors=1")}
+    yield [compare("tracking", f"{size}x{size}, {name}", {name: times} | one, ours=name)[0]
+           for name, times in seconds.items()]  # fmt: skip
 
 
 def gaussian(size: int, seed: int = 0) -> jax.Array:
@@ -76,13 +75,8 @@ def gaussian(size: int, seed: int = 0) -> jax.Array:
 
 
 def walk(w: jax.Array, steps: int, seed: int = 0) -> Iterator[jax.Array]:
-    """A random walk: each step is Gaussian, and DRIFT times as long as the weights.
-
-    Args:
-      w: start, which is not given.
-      steps: how many are.
-      seed: of the steps.
-    """
+    """So many steps of a random walk from w: each is Gaussian, and DRIFT times as long as the
+    weights."""
     rng = np.random.default_rng([seed, 1])
     for _ in range(steps):
         noise = rng.standard_normal(w.shape, np.float32)
@@ -99,11 +93,6 @@ class Updates:
     def __call__(self) -> sn_jax.State:
         self.state = _update(self._params, self.state)
         return self.state
-
-
-@jax.jit
-def _update(params, state):
-    return sn_jax.spectral_normalize(params, state)[1]
 
 
 def relative_errors(
@@ -137,14 +126,7 @@ def true_norm(w: np.ndarray) -> float:
 
 
 def error_row(case: str, errors: dict[int, float], n_vectors: int, target: float | None) -> Row:
-    """Mean error with more vectors over that with one.
-
-    Args:
-      case: for the row.
-      errors: number of vectors -> mean error.
-      n_vectors: which of them.
-      target: of the ratio.
-    """
+    """Mean error with so many vectors over that with one, by number of vectors in ``errors``."""
     return Row(
         "tracking", f"{case}, n_vectors={n_vectors}", "mean error of sigma", errors[n_vectors],
         errors[1], "n_vectors=1", errors[n_vectors] / errors[1], target=target,
@@ -152,12 +134,8 @@ def error_row(case: str, errors: dict[int, float], n_vectors: int, target: float
 
 
 def training(steps: int) -> list[Row]:
-    """Kernels recorded while a small network learns the digits; each number of vectors sees
-    the same ones.
-
-    Args:
-      steps: of Adam.
-    """
+    """Kernels recorded while a small network learns the digits in so many steps of Adam; each
+    number of vectors sees the same ones."""
     found = relative_errors(record(steps), (1, 2, 4))
     errors = {
         k: float(np.mean([values[BURN_IN:] for values in kernels.values()]))
@@ -170,11 +148,8 @@ def training(steps: int) -> list[Row]:
 
 
 def record(steps: int) -> list[dict[str, jax.Array]]:
-    """The raw kernels after every step of a normalized network, 64-256-256-10.
-
-    Args:
-      steps: of Adam at 1e-3, batches of 64.
-    """
+    """The raw kernels of a normalized network, 64-256-256-10, after every step of Adam at 1e-3 on
+    batches of 64."""
     images, labels = data.load("digits", "train")
     images = jnp.asarray(images.reshape(len(images), -1) / 255, jnp.float32)
     rng = np.random.default_rng(0)

@@ -52,7 +52,7 @@ def _tree(
                   for tree in (weights, cotangents)]  # fmt: skip
         try:
             for api in APIS.values():
-                torch.load(api, *arrays)
+                torch.ask("load", api, *arrays)
                 torch.seconds(STEPS[-1], api)  # what takes most memory
         except TorchFailed as error:
             print(f"torch is left out of {name}: {error}", file=sys.stderr)
@@ -76,14 +76,8 @@ def _tree(
 
 
 def against_floor(case: str, seconds: dict, large: bool, backward: bool) -> list[Row]:
-    """The rows of one case, with the targets that apply to it.
-
-    Args:
-      case: its name.
-      seconds: contender -> times of the rounds.
-      large: whether the tree is.
-      backward: whether the step has gradients.
-    """
+    """The rows of one case, with the targets that apply to it: to a large tree, to a step that has
+    gradients; ``seconds`` by contender."""
     median = {name: float(np.median(times)) for name, times in seconds.items()}
     best = min((peer for peer in peers.JAX_PEERS if peer in seconds), key=median.get)
     targets = dict.fromkeys((name for name in seconds if name not in ("sn_jax", FLOOR)), 1.0)
@@ -101,13 +95,8 @@ def against_floor(case: str, seconds: dict, large: bool, backward: bool) -> list
 
 
 class Program:
-    """A jitted step that writes its results over those of its last call.
-
-    Args:
-      step: (*arguments, state) -> (results, state).
-      arguments: the same at every call.
-      state: the first one.
-    """
+    """A jitted step, (*arguments, state) -> (results, state), that writes its results over those
+    of its last call. The arguments are the same at every call; ``state`` is the first one."""
 
     def __init__(self, step: Callable, arguments: tuple, state: Any = ()):
         def donated(last, *arguments):
@@ -183,16 +172,9 @@ def floors(weights: peers.Tree, cotangents: peers.Tree, step: str) -> dict[str, 
 
 
 def check(
-    programs: dict[str, Program],
-    contenders: dict[str, Contender],
-    step: str,
-    torch: TorchClient | None,
+    programs: dict[str, Program], contenders: dict, step: str, torch: TorchClient | None
 ) -> None:
-    """All contenders give the same arrays once their iterations have converged.
-
-    Raises:
-      AssertionError: one of them does not.
-    """
+    """Asserts that all contenders give the same arrays once their iterations have converged."""
     expected = None
     for name, run in programs.items():
         for _ in range(SETTLE):

@@ -58,11 +58,7 @@ def weights(shapes: dict[str, Shape], seed: int = 0) -> dict[str, dict[str, jax.
     """float32 kernels whose leading singular value is some three times the second.
 
     So every library's iteration converges in a few steps, wherever it starts, and results can
-    be compared.
-
-    Args:
-      shapes: name -> shape, outputs last.
-      seed: of the noise.
+    be compared. Shapes have outputs last.
     """
     rng = np.random.default_rng(seed)
     tree = {}

@@ -20,17 +20,13 @@ KEY = jax.random.key(0)
 
 @dataclass(frozen=True)
 class Step:
-    """A step and what it takes.
+    """A step and what it takes."""
 
-    Attributes:
-      loss: (params, state, x) -> (loss, new state), to be differentiated.
-      params, state: its arguments.
-      update: (params, state) -> state, once and outside the loss; None where the loss does it.
-    """
-
+    # (params, state, x) -> (loss, new state), to be differentiated.
     loss: Callable[[Any, Any, jax.Array], tuple[jax.Array, Any]]
     params: Any
     state: Any
+    # (params, state) -> state, once and outside the loss; None where the loss does it.
     update: Callable[[Any, Any], Any] | None = None
 
     def forward(self, params, state, x):
@@ -46,12 +42,8 @@ class Step:
 def contenders(model: nn.Module, x: jax.Array) -> dict[str, Step]:
     """The same model without SN, and with it in three ways from the same ``u``.
 
-    "sn_jax" is the model as it is with spectral_normalize around it; "sn_jax.linen" and
+    "sn_jax" is the model, one of ``models``, with spectral_normalize around it; "sn_jax.linen" and
     "flax.linen" wrap its layers.
-
-    Args:
-      model: one of ``models``, with any ``wrap``.
-      x: a batch.
     """
     plain, ours, flaxs = (
         model.clone(wrap=wrap) for wrap in (models.plain, models.by_sn_jax, models.by_flax)
@@ -70,7 +62,7 @@ def contenders(model: nn.Module, x: jax.Array) -> dict[str, Step]:
     return {
         "without": Step(partial(_plain, plain), params, {}),
         "sn_jax.linen": Step(partial(_wrapped, ours), params, stats),
-        "sn_jax": Step(partial(_around, plain), params, state, _update),
+        "sn_jax": Step(partial(_around, plain), params, state, update),
         "flax.linen": Step(partial(_wrapped, flaxs), params, stats),
     }
 
@@ -95,8 +87,9 @@ def _wrapped(model, params, stats, x):
     return jnp.mean(y**2), updates["batch_stats"]
 
 
-def _update(params, state):
-    return sn_jax.spectral_normalize(params, state)[1]
+def update(params, state, n_steps: int = 1):
+    """The state after so many steps of power iteration."""
+    return sn_jax.spectral_normalize(params, state, n_steps=n_steps)[1]
 
 
 def _around(model, params, state, x):

@@ -2,18 +2,20 @@
 ``--attack`` and ``--lipschitz-attack``: their proof."""
 
 import dataclasses
-import json
 import sys
 from pathlib import Path
+from typing import Any
 
-from experiments.certify import attack, classifier, lipschitz, models, nets, sandwich, study
-from experiments.cli import (
-    check_positive,
-    check_seed,
-    command,
-    in_folder,
-    provenance,
-    write_text,
+from experiments import cli
+from experiments.certify import (
+    attack,
+    classifier,
+    in_program,
+    lipschitz,
+    models,
+    nets,
+    sandwich,
+    study,
 )
 
 
@@ -24,6 +26,8 @@ class Config:
 
     attack: bool = False
     """Attack norm_bounds with random cases instead; about 10 minutes."""
+    mode_attack: bool = False
+    """Attack spectral_normalize(mode="certified") with random cases instead; about 10 minutes."""
     lipschitz: bool = False
     """Certify the demo's discriminator by lipschitz_bound, without normalization and with both,
     and the radius of a classifier trained for a margin; continues where it was stopped."""
@@ -55,8 +59,8 @@ class Config:
     """Show a progress bar."""
 
     def __post_init__(self) -> None:
-        check_positive(self, whole=("cases", "steps", "seeds"))
-        check_seed(self.seed)
+        cli.check_positive(self, whole=("cases", "steps", "seeds"))
+        cli.check_seed(self.seed)
         if self.large and not self.nets:
             raise ValueError("--large is an option of --nets: give both.")
         chosen = [name for name in RUNS if getattr(self, name)]
@@ -75,33 +79,50 @@ def main(args: list[str] | None = None) -> int:
 
     prog = "python -m experiments.certify"
     kept = "what can be continued is kept, and nothing else was written."
-    return command(Config, prog, args, in_folder(chosen), interrupted=kept)
+    return cli.command(Config, prog, args, cli.in_folder(chosen), interrupted=kept)
+
+
+def write(config: Config, name: str, found: dict[str, Any]) -> str:
+    """Write what was found and on what; returns a line that says where."""
+    path = config.out / f"{name}.json"
+    cli.write_json(path, found | cli.provenance(), indent=1)
+    return f"results  {path}"
+
+
+def write_parts(config: Config, name: str, results, steps: int, title: str, save, to="") -> str:
+    """Write the results of networks, and their picture; returns lines that say where."""
+    where = write(config, name, {"steps": steps, "seed": config.seed, "networks": results})
+    picture = config.out / f"{to or name}.png"
+    save(picture, results, f"{title}, {steps} steps, seed {config.seed}")
+    return f"{where}\npicture  {picture}"
 
 
 def run_attack(config: Config) -> int:
     """Attack, write attack.json, print the table; 1 if a certificate is wrong."""
     results = attack.attack(config.cases or 10_000, config.seed, progress=config.progress)
-    path = config.out / "attack.json"
     # Every violation; of what is only a nuisance the first ones, and n_found says how many.
     short = {name: results[name][:20] for name in ("errors", "rtol_missed")}
-    write_text(path, json.dumps(results | short | provenance(), indent=1))
-    print(attack.report(results))
-    print(f"results  {path}")
+    where = write(config, "attack", results | short)
+    print(f"{attack.report(results)}\n{where}")
     return int(any(results[name] for name in ("violations", "errors", "rtol_missed")))
+
+
+def run_mode_attack(config: Config) -> int:
+    """Attack, write mode-attack.json, print the table; 1 if a norm lies above its bound."""
+    results = in_program.attack(config.cases or 10_000, config.seed, progress=config.progress)
+    results["costs"] = in_program.costs(progress=config.progress)
+    where = write(config, "mode-attack", results)
+    print(f"{in_program.report(results)}\n{where}")
+    return int(bool(results["violations"]))
 
 
 def run_study(config: Config) -> int:
     """Train and measure, write study.json and norms.png, print the table."""
     steps = config.steps or 500
     results = study.study(steps, config.seed, progress=config.progress)
-    path = config.out / "study.json"
-    summary = {"steps": steps, "seed": config.seed, "networks": results} | provenance()
-    write_text(path, json.dumps(summary, indent=1))
-    picture = config.out / "norms.png"
-    title = f"A small network on digits, {steps} steps, seed {config.seed}"
-    study.save_norms(picture, results, title)
-    print(study.report(results))
-    print(f"\nresults  {path}\npicture  {picture}")
+    title = "A small network on digits"
+    where = write_parts(config, "study", results, steps, title, study.save_norms, to="norms")
+    print(f"{study.report(results)}\n\n{where}")
     return 0
 
 
@@ -110,36 +131,25 @@ def run_lipschitz(config: Config) -> int:
     options = {"seed": config.seed, "progress": config.progress}
     steps = config.steps or 1000
     networks = lipschitz.discriminators(steps, out=config.out / "gan", **options)
-    title = f"The demo's discriminator on digits, {steps} steps, seed {config.seed}"
-    save_parts(config, "constants", networks, steps, lipschitz.save_constants, title)
+    title, save = "The demo's discriminator on digits", lipschitz.save_constants
+    print(write_parts(config, "constants", networks, steps, title, save), end="\n\n")
     print(lipschitz.constants_report("discriminator", networks))
     steps = config.steps or 2000
     classifiers = lipschitz.robustness(steps, **options)
-    title = f"A classifier of the digits trained for a margin, {steps} steps, seed {config.seed}"
-    save_parts(config, "radii", classifiers, steps, lipschitz.save_robustness, title)
+    title, save = "A classifier of the digits trained for a margin", lipschitz.save_robustness
+    print(write_parts(config, "radii", classifiers, steps, title, save), end="\n\n")
     print(lipschitz.constants_report("classifier", classifiers))
     print(lipschitz.radii_report(classifiers))
     return 0
 
 
-def save_parts(config: Config, name: str, results, steps: int, save, title: str) -> None:
-    """Results and their picture, as soon as they are there."""
-    summary = {"steps": steps, "seed": config.seed, "networks": results} | provenance()
-    write_text(config.out / f"{name}.json", json.dumps(summary, indent=1))
-    save(config.out / f"{name}.png", results, title)
-    print(f"results  {config.out / name}.json\npicture  {config.out / name}.png\n")
-
-
 def run_lipschitz_attack(config: Config) -> int:
     """Attack, write lipschitz-attack.json, print the table; 1 if a bound is wrong."""
-    results = sandwich.attack(
-        config.cases or 5000, config.seed, config.out, progress=config.progress
-    )
-    path = config.out / "lipschitz-attack.json"
+    cases, progress = config.cases or 5000, config.progress
+    results = sandwich.attack(cases, config.seed, config.out, progress=progress)
     short = {name: results[name][:20] for name in ("errors", "infinite")}
-    write_text(path, json.dumps(results | short | provenance(), indent=1))
-    print(sandwich.report(results))
-    print(f"results  {path}")
+    where = write(config, "lipschitz-attack", results | short)
+    print(f"{sandwich.report(results)}\n{where}")
     return int(any(results[name] for name in ("violations", "errors")))
 
 
@@ -147,16 +157,10 @@ def run_nets(config: Config) -> int:
     """Bound the networks, write nets.json, print the medians."""
     which = nets.LARGE if config.large else nets.NETS
     results = nets.table(config.out, config.seeds, config.seed, which, progress=config.progress)
-    path = config.out / "nets.json"
-    summary = {
-        "seed": config.seed,
-        "seeds": config.seeds,
-        "medians": nets.medians(results),
-        "bounds": results,
-    }
-    write_text(path, json.dumps(summary | {"bounds": results} | provenance(), indent=1))
-    print(nets.report(results))
-    print(f"\nresults  {path}")
+    found = {"seed": config.seed, "seeds": config.seeds, "medians": nets.medians(results),
+             "bounds": results}  # fmt: skip
+    where = write(config, "nets", found)
+    print(f"{nets.report(results)}\n\n{where}")
     return 0
 
 
@@ -165,8 +169,8 @@ def run_classifier(config: Config) -> int:
     attack succeeds where it is proved that none can."""
     steps = config.steps or 1500
     results = classifier.study(steps, config.seed, progress=config.progress)
-    title = f"Classifiers trained for a margin, {steps} steps, seed {config.seed}"
-    save_parts(config, "classifier", results, steps, classifier.save, title)
+    title = "Classifiers trained for a margin"
+    print(write_parts(config, "classifier", results, steps, title, classifier.save), end="\n\n")
     print(classifier.report(results))
     return int(any(result["violations"] for result in results.values()))
 
@@ -174,26 +178,20 @@ def run_classifier(config: Config) -> int:
 def run_models(config: Config) -> int:
     """Bound and attack the networks, write models.json, print the table; 1 if a bound is wrong."""
     results = models.table(config.out, config.seed, progress=config.progress)
-    path = config.out / "models.json"
-    write_text(
-        path, json.dumps({"seed": config.seed, "networks": results} | provenance(), indent=1)
-    )
-    print(models.report(results))
-    print(f"\nresults  {path}")
+    where = write(config, "models", {"seed": config.seed, "networks": results})
+    print(f"{models.report(results)}\n\n{where}")
     wrong = models.violations(results)
     if wrong:
         print(f"stretched more than their bound: {', '.join(wrong)}", file=sys.stderr)
     return int(bool(wrong))
 
 
+# By their flags.
 RUNS = {
-    "attack": run_attack,
-    "lipschitz": run_lipschitz,
-    "lipschitz_attack": run_lipschitz_attack,
-    "nets": run_nets,
-    "models": run_models,
-    "classifier": run_classifier,
-}
+    run.__name__.removeprefix("run_"): run for run in
+    (run_attack, run_mode_attack, run_lipschitz, run_lipschitz_attack, run_nets, run_models,
+     run_classifier)
+}  # fmt: skip
 
 if __name__ == "__main__":
     sys.exit(main())

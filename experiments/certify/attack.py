@@ -38,18 +38,13 @@ _STATISTICS = {"median": 0.5, "99 %": 0.99, "worst": 1.0}
 
 @dataclass(frozen=True)
 class Problem:
-    """What JAX compiles for: a view and the shape of a parameter.
+    """What JAX compiles for: a view and the shape of a parameter."""
 
-    Attributes:
-      family: row of the table.
-      view, shape: as for ``sn_jax.norm_bounds``.
-      separable: the kernel is to be a product of one factor per dimension and one for the
-        channels, whose norms multiply: the explicit matrix would be too large for an SVD.
-    """
-
-    family: str
+    family: str  # row of the table
     view: sn_jax.View
     shape: tuple[int, ...]
+    # The kernel is to be a product of one factor per dimension and one for the channels, whose
+    # norms multiply: the explicit matrix would be too large for an SVD.
     separable: bool = False
 
     @property
@@ -60,30 +55,17 @@ class Problem:
 
 @dataclass(frozen=True)
 class Case:
-    """One call of ``norm_bounds``.
-
-    Attributes:
-      problem: view and shape.
-      kind: how the values were made.
-      w: the parameter, a NumPy array of one of ``DTYPES``.
-      rtol: the argument.
-      sigma: the oracle's norms, (*batch,).
-    """
+    """One call of ``norm_bounds``."""
 
     problem: Problem
-    kind: str
-    w: np.ndarray
+    kind: str  # how the values were made
+    w: np.ndarray  # the parameter, of one of ``DTYPES``
     rtol: float
-    sigma: np.ndarray
+    sigma: np.ndarray  # the oracle's norms, (*batch,)
 
 
 def attack(
-    n_cases: int,
-    seed: int,
-    *,
-    n_configs: int = 200,
-    large: bool = True,
-    progress: bool = False,
+    n_cases: int, seed: int, *, n_configs: int = 200, large: bool = True, progress: bool = False
 ) -> dict[str, Any]:
     """Run random cases against the oracle.
 
@@ -93,12 +75,11 @@ def attack(
       seed: of the values.
       n_configs: views and shapes to draw from: what JAX compiles for.
       large: include matrices of up to 4,096 rows, and convolutions beyond that.
-      progress: show a bar on stderr.
 
     Returns:
-      dict: ``violations``, ``errors`` (exceptions, and warnings that came or stayed away wrongly)
-      and ``rtol_missed``, each a list of reproductions; ``table``, a list
-      of rows of slack by family and rtol; ``kinds``, the same by kind of values; counts; seconds.
+      ``violations``, ``errors`` (exceptions, and warnings that came or stayed away wrongly) and
+      ``rtol_missed``, each a list of reproductions; ``table``, rows of slack by family and rtol;
+      ``kinds``, the same by kind of values; counts; seconds.
 
     Example:
       >>> results = attack(150, seed=0, n_configs=12, large=False)     # doctest: +SKIP
@@ -115,7 +96,11 @@ def attack(
         began = time.perf_counter()
         case = make_case(index, **options)
         ended = time.perf_counter()
-        where = {"index": index} | options | _description(case)
+        where = {
+            "index": index, **options, "family": case.problem.family,
+            "view": str(case.problem.view), "shape": case.problem.shape, "kind": case.kind,
+            "dtype": case.w.dtype.name, "rtol": case.rtol,
+        }  # fmt: skip
         outcome = _ask(case)
         seconds["oracle"] += ended - began
         seconds["norm_bounds"] += time.perf_counter() - ended
@@ -137,7 +122,7 @@ def attack(
     return {
         "n_cases": n_cases,
         **options,
-        "n_configs_used": len({_problem(i, n_configs, large) for i in range(n_cases)}),
+        "n_configs_used": len({problem_of(i, n_configs, large) for i in range(n_cases)}),
         "n_found": {name: len(rows) for name, rows in found.items()},
         **found,
         "table": _rows(families, "family"),
@@ -149,20 +134,15 @@ def attack(
 
 
 def make_case(index: int, *, seed: int, n_configs: int = 200, large: bool = True) -> Case:
-    """One case of an attack, the same at every call: to reproduce what it reported.
-
-    Args:
-      index: of the case.
-      seed, n_configs, large: of the attack.
-    """
-    problem = _problem(index, n_configs, large)
+    """One case of an attack of these options, the same at every call: to reproduce what it
+    reported."""
+    problem = problem_of(index, n_configs, large)
     rng = np.random.default_rng([seed, index])
     rtol = float(rng.choice(RTOLS))
     if problem.separable:
         kind, w, sigma = _separable(rng, problem)
         return Case(problem, kind, w, rtol, sigma)
-    kind, w = _values(rng, problem)
-    w = _scaled(rng, w, str(rng.choice(DTYPES)), kind)
+    kind, w = kernel_of(rng, problem)
     return Case(problem, kind, w, rtol, oracle.norms(w, problem.view))
 
 
@@ -279,14 +259,6 @@ def _slack(case: Case, lower, upper) -> tuple[float, float] | None:
     return slack[0], slack[1]
 
 
-def _description(case: Case) -> dict[str, Any]:
-    problem = case.problem
-    return {
-        "family": problem.family, "view": str(problem.view), "shape": problem.shape,
-        "kind": case.kind, "dtype": case.w.dtype.name, "rtol": case.rtol,
-    }  # fmt: skip
-
-
 def _rows(groups: dict[tuple[str, float], list[tuple[float, float]]], name: str):
     """Median, 99 % and worst of both slacks for each group of the rtols that are tabled."""
     rows = []
@@ -305,6 +277,14 @@ def _rows(groups: dict[tuple[str, float], list[tuple[float, float]]], name: str)
 
 
 # --- Values ---------------------------------------------------------------------------------
+
+
+def kernel_of(
+    rng: np.random.Generator, problem: Problem, dtype: str | None = None
+) -> tuple[str, np.ndarray]:
+    """(kind, kernel) of one of ``DTYPES``, by default of any."""
+    kind, w = _values(rng, problem)
+    return kind, _scaled(rng, w, dtype or str(rng.choice(DTYPES)), kind)
 
 
 def _values(rng: np.random.Generator, problem: Problem) -> tuple[str, np.ndarray]:
@@ -351,17 +331,13 @@ def _orthogonal(rng, shape):
     return q if rows >= columns else q.T
 
 
-def _with_spectrum(rng, shape, spectrum):
-    n = min(shape)
-    return (_orthogonal(rng, (shape[0], n)) * spectrum) @ _orthogonal(rng, (n, shape[1]))
-
-
 def _tied(rng, shape):
     """The two or more largest singular values equal, or a gap of 1e-12 to 1e-2 apart."""
-    spectrum = rng.uniform(0, 1, min(shape))
+    n = min(shape)
+    spectrum = rng.uniform(0, 1, n)
     spectrum[: int(rng.integers(2, 6))] = 1.0
     spectrum[:1] += rng.choice([0, 10.0 ** -rng.integers(2, 13)])
-    return _with_spectrum(rng, shape, spectrum)
+    return (_orthogonal(rng, (shape[0], n)) * spectrum) @ _orthogonal(rng, (n, shape[1]))
 
 
 def _rank_deficient(rng, shape):
@@ -405,10 +381,6 @@ def _permutation(rng, shape):
     return w
 
 
-def _sparse(rng, shape):
-    return rng.standard_normal(shape) * (rng.random(shape) < 0.1)
-
-
 def _alternating(rng, shape):
     """The highest frequency, which is on no grid of odd size."""
     rows, columns = np.ogrid[: shape[0], : shape[1]]
@@ -428,7 +400,7 @@ _KINDS = {
     "one huge entry": _one_huge,
     "graded": _graded,
     "permutation": _permutation,
-    "sparse": _sparse,
+    "sparse": lambda rng, shape: rng.standard_normal(shape) * (rng.random(shape) < 0.1),
     "extreme scale": lambda rng, shape: rng.standard_normal(shape),
     "zero": lambda rng, shape: np.zeros(shape),
 }
@@ -484,7 +456,7 @@ def _separable(rng: np.random.Generator, problem: Problem) -> tuple[str, np.ndar
 # --- Views and shapes -------------------------------------------------------------------------
 
 
-def _problem(index: int, n_configs: int, large: bool) -> Problem:
+def problem_of(index: int, n_configs: int, large: bool) -> Problem:
     """The problem of a case: huge and large ones now and then, else the pool in turn."""
     if large and index % HUGE_EVERY == HUGE_EVERY - 1:
         return _HUGE[index // HUGE_EVERY % len(_HUGE)]
@@ -594,29 +566,25 @@ _FAMILIES = {
     "conv, stacks": _kernels,
 }  # fmt: skip
 
-_BEYOND = "conv, padded, beyond 4096"
+_BEYOND, _CIRCULAR = "conv, padded, beyond 4096", "conv, circular, beyond 4096"
 _BAND = "conv, along the band"
 _LARGE = [
     Problem("dense, large", sn_jax.Matrix(), (1000, 800)),
     Problem(_BEYOND, sn_jax.Conv((48, 48)), (3, 3, 4, 2), True),
     Problem("conv, large", sn_jax.Conv((16, 16)), (3, 3, 4, 4)),
-    Problem(
-        "conv, circular, beyond 4096", sn_jax.Conv((64, 64), 1, "CIRCULAR"), (3, 3, 4, 8), True
-    ),
+    Problem(_CIRCULAR, sn_jax.Conv((64, 64), 1, "CIRCULAR"), (3, 3, 4, 8), True),
     Problem("dense, large", sn_jax.Matrix(), (4096, 300)),
     Problem(_BEYOND, sn_jax.Conv((64, 64), 2), (4, 4, 8, 6), True),
     Problem("conv, large", sn_jax.Conv((9, 9), 2, "REFLECT"), (3, 3, 16, 32)),
     Problem(_BEYOND, sn_jax.Conv((900,), 1, "CAUSAL", kernel_dilation=3), (5, 8, 6), True),
     Problem("conv, large", sn_jax.Conv((700,), 1, [(2, 1)]), (4, 1, 1)),
-    Problem(
-        "conv, circular, beyond 4096", sn_jax.Conv((64, 48), 2, "CIRCULAR"), (5, 3, 8, 8), True
-    ),
+    Problem(_CIRCULAR, sn_jax.Conv((64, 48), 2, "CIRCULAR"), (5, 3, 8, 8), True),
     Problem("dense, large", sn_jax.Matrix(), (3, 300, 700)),
     Problem(_BEYOND, sn_jax.Conv((20, 20), transpose=True, strides=2), (4, 4, 16, 4), True),
     Problem("conv, large", sn_jax.Conv((7, 7), 2, transpose=True), (4, 4, 16, 4)),
     Problem(_BEYOND, sn_jax.Conv((24, 24), padding="VALID"), (3, 3, 12, 12), True),
     Problem(_BEYOND, sn_jax.Conv((48, 48), feature_group_count=2), (3, 3, 2, 4), True),
-    Problem("conv, circular, beyond 4096", sn_jax.Conv((800,), 1, "CIRCULAR"), (7, 6, 8), True),
+    Problem(_CIRCULAR, sn_jax.Conv((800,), 1, "CIRCULAR"), (7, 6, 8), True),
     # Just large enough to be factorized along the band.
     Problem(_BAND, sn_jax.Conv((16, 17), 1, [(2, 0), (0, 1)]), (3, 3, 5, 4)),
     Problem(_BAND, sn_jax.Conv((400,), padding="CAUSAL", kernel_dilation=5), (3, 3, 3)),

@@ -6,7 +6,6 @@ class at a radius depends on nothing but how tight the constant is.
 
 import time
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,6 +16,8 @@ from matplotlib.figure import Figure
 import sn_jax
 from experiments.certify.lipschitz import TEMPERATURE, exact_logits, under_attack
 from experiments.certify.study import scaled_images, train
+from experiments.cli import markdown
+from experiments.pictures import picture
 
 DATA = {"digits": "digits, 8x8", "mnist": "MNIST, 28x28"}
 WIDTH = 64
@@ -48,11 +49,7 @@ class Network(nn.Module):
 
 
 def study(
-    steps: int,
-    seed: int,
-    *,
-    data: tuple[str, ...] = tuple(DATA),
-    progress: bool = False,
+    steps: int, seed: int, *, data: tuple[str, ...] = tuple(DATA), progress: bool = False
 ) -> dict[str, dict[str, Any]]:
     """Train with spectral normalization and a small temperature, certify, attack.
 
@@ -60,10 +57,9 @@ def study(
       steps: of Adam, each on a batch of 128.
       seed: of the initialization and the batches.
       data: names of ``experiments.data``.
-      progress: show bars on stderr.
 
     Returns:
-      dict: name of the data -> "accuracy"; "constants" by key of ``BOUNDS``, for "margins" the
+      Name of the data -> "accuracy"; "constants" by key of ``BOUNDS``, for "margins" the
       smallest, the median and the largest; "radii", with the certified accuracy at each of them
       ("certified", by key) and what is left "under attack"; the same over "curve"; "violations":
       images that the attack changes within a radius at which one of the bounds certifies them;
@@ -125,34 +121,25 @@ def report(results: dict[str, dict[str, Any]]) -> str:
             f"{DATA.get(name, name)}: {result['images']:,} held-out images, "
             f"accuracy {result['accuracy']:.2%}",
             "",
-            f"| certified by | constant | {' | '.join(heads)} |",
-            "|" + " --- |" * (len(heads) + 2),
         ]
+        rows = [["certified by", "constant", *heads]]
         for key, (label, _) in BOUNDS.items():
             constant = result["constants"][key]
             if key == "margins":
                 constant = f"{constant[0]:.4f} to {constant[2]:.4f}"
             else:
                 constant = f"√2 · {constant:.4f}"
-            shares = " | ".join(f"{share:.1%}" for share in result["certified"][key])
-            lines.append(f"| {label.split(',')[0]} | "
-                         f"{constant} | {shares} |")  # fmt: skip
-        shares = " | ".join(f"{share:.1%}" for share in result["under attack"])
+            shares = (f"{share:.1%}" for share in result["certified"][key])
+            rows.append([label.split(",")[0], constant, *shares])
+        rows.append(["left under attack", "", *(f"{x:.1%}" for x in result["under attack"])])
         seconds = ", ".join(f"{value:.0f} s {key}" for key, value in result["seconds"].items())
-        lines += [f"| left under attack | | {shares} |", "",
-                  f"{result['violations']} violations; CPU: {seconds}", ""]  # fmt: skip
+        lines += [*markdown(rows), "", f"{result['violations']} violations; CPU: {seconds}", ""]
     return "\n".join(lines)
 
 
-def save(path: Path, results: dict[str, dict[str, Any]], title: str) -> None:
-    """Certified accuracy over the radius by each bound, below what an attack leaves.
-
-    Args:
-      path: of the PNG file.
-      results: of ``study``.
-      title: what was run.
-    """
-    figure = Figure(figsize=(11, 4.4), layout="constrained")
+@picture(11, 4.4)
+def save(figure: Figure, results: dict[str, dict[str, Any]], title: str) -> None:
+    """Certified accuracy over the radius by each bound, below what an attack leaves."""
     figure.suptitle(title)
     panels = figure.subplots(1, len(results), sharey=True, squeeze=False)[0]
     for axes, (name, result) in zip(panels, results.items(), strict=True):
@@ -169,4 +156,3 @@ def save(path: Path, results: dict[str, dict[str, Any]], title: str) -> None:
                  ylim=(0, 1.02), xlabel="radius (l2; pixels from 0 to 1)")  # fmt: skip
     panels[0].set_ylabel("accuracy, held out")
     panels[0].legend(loc="upper right", fontsize=8)
-    figure.savefig(path, dpi=150)

@@ -21,12 +21,14 @@ from matplotlib.figure import Figure
 from tqdm import tqdm
 
 import sn_jax
+from experiments import cli
 from experiments.certify import study
 from experiments.gan.loop import train as train_gan
 from experiments.gan.methods import METHODS
 from experiments.gan.networks import ARCHITECTURES
 from experiments.gan.run import open_folder, real_images
 from experiments.gan.train import Config, scaled
+from experiments.pictures import picture
 
 NORMALIZATIONS = {"none": "no normalization", "sn": "flattened SN", "sn-operator": "operator SN"}
 # The margin's classifiers: logits over so much enter the cross entropy.
@@ -49,14 +51,12 @@ def discriminators(
     """Train the demo's discriminator with each normalization, and bound it from both sides.
 
     Args:
-      steps: of the GAN's training; the demo makes 3,000.
-      seed: of the training and the attack.
+      steps, seed: of the GAN's training; the demo makes 3,000 steps.
       out: folder of the trainings, each of which continues where it was stopped.
-      progress: show bars on stderr.
 
     Returns:
-      dict: name of the normalization -> ``QUANTITIES``, all bounds by method, the table that the
-      bound prints as, and its CPU seconds.
+      Name of the normalization -> ``constants``: ``QUANTITIES``, all bounds by method, the table
+      that the bound prints as, and its CPU seconds.
     """
     results = {}
     for normalization, name in NORMALIZATIONS.items():
@@ -78,15 +78,8 @@ def discriminators(
 def constants(
     fn: Callable[[Array], Array], x: np.ndarray, params: Any, seed: int, *, progress: bool = False
 ) -> dict[str, Any]:
-    """One network's constant, from what its kernels say, from above and from below.
-
-    Args:
-      fn: the network in eval, of a batch of one.
-      x: an argument, where the attack begins.
-      params: its parameters as it runs with them.
-      seed: of the attack.
-      progress: say on stderr what ``lipschitz_bound`` does.
-    """
+    """One network's constant, from what its kernels say, from above and from below: of ``fn``, the
+    network in eval with ``params``, of a batch of one; the attack begins at x."""
     bound = sn_jax.lipschitz_bound(fn, x, progress=progress)
     attacked = jax.jit(partial(sn_jax.lipschitz_attack, fn, steps=ATTACK_STEPS, restarts=RESTARTS))
     return {
@@ -110,15 +103,10 @@ def robustness(steps: int, seed: int, *, progress: bool = False) -> dict[str, di
     difference of two logits is sqrt(2) L-Lipschitz (Tsuzuku et al. 2018, proposition 1,
     https://arxiv.org/abs/1802.04034).
 
-    Args:
-      steps: of Adam.
-      seed: of the initialization and the batches.
-      progress: show bars on stderr.
-
     Returns:
-      dict: name of the normalization -> ``constants`` of the classifier, ``radii``, the accuracy
-      that each of "flattened", "product" and "upper" claims at each of them, and what is left
-      under attack.
+      Name of the normalization -> ``constants`` of the classifier, ``radii``, the accuracy that
+      each of "flattened", "product" and "upper" claims at each of them, and what is left under
+      attack.
     """
     results = {}
     images, labels = study.scaled_images("test")
@@ -126,7 +114,9 @@ def robustness(steps: int, seed: int, *, progress: bool = False) -> dict[str, di
         trained = study.train(conv, steps, seed, temperature=TEMPERATURE, progress=progress)
         fn = partial(study.Network().apply, {"params": trained.params})
         found = constants(fn, images[:1], trained.params, seed, progress=progress)
-        margins = _margins(trained.params, images, labels)
+        with jax.enable_x64(True):
+            logits = exact_logits(study.Network(), trained.params, images)
+            margins = np.asarray(_margins(jnp.asarray(logits), labels))
         radii = np.linspace(0, 1.5, 31)
         claims = {
             key: [float(np.mean(margins > math.sqrt(2) * found[key] * r)) for r in radii]
@@ -146,12 +136,11 @@ def exact_logits(model: nn.Module, params: Any, images: np.ndarray) -> np.ndarra
         return np.array(model.apply({"params": wide}, images.astype(np.float64)))
 
 
-def _margins(params: Any, images: np.ndarray, labels: np.ndarray) -> np.ndarray:
+def _margins(logits: Array, labels: np.ndarray) -> Array:
     """By how much the right logit exceeds the others."""
-    logits = exact_logits(study.Network(), params, images)
-    right = np.take_along_axis(logits, labels[:, None], 1)[:, 0]
-    np.put_along_axis(logits, labels[:, None], -np.inf, 1)
-    return right - logits.max(1)
+    right = jnp.take_along_axis(logits, labels[:, None], 1)[:, 0]
+    others = jnp.where(jax.nn.one_hot(labels, logits.shape[1], dtype=bool), -jnp.inf, logits)
+    return right - others.max(1)
 
 
 def under_attack(
@@ -172,17 +161,10 @@ def under_attack(
       images, labels: whose decisions are to be changed.
       radii: of the balls, ascending; what falls in one has fallen in the larger ones.
       steps: of the descent in each ball, from where the last one ended.
-      progress: show a bar on stderr.
 
     Returns:
-      numpy.ndarray: (radii, images), bool: which images still are what they are.
+      (radii, images), bool: which images still are what they are.
     """
-
-    def margin(x, labels):
-        logits = fn(x)
-        right = jnp.take_along_axis(logits, labels[:, None], 1)[:, 0]
-        others = jnp.where(jax.nn.one_hot(labels, logits.shape[1], dtype=bool), -jnp.inf, logits)
-        return right - others.max(1)
 
     def of_length(z, length):
         norm = optax.safe_norm(z.reshape(len(z), -1), 1e-12, axis=1)
@@ -190,14 +172,14 @@ def under_attack(
 
     @jax.jit
     def descend(delta, radius):
-        gradient = jax.grad(lambda d: margin(images + d, labels).sum())(delta)
+        gradient = jax.grad(lambda d: _margins(fn(images + d), labels).sum())(delta)
         delta = delta - of_length(gradient, 2.5 * radius / steps)[0]
         inside, norm = of_length(delta, radius)
         delta = jnp.where((norm > radius)[:, None, None, None], inside, delta)
-        return delta, margin(images + delta, labels) <= 0
+        return delta, _margins(fn(images + delta), labels) <= 0
 
     delta = jnp.zeros_like(images)
-    fallen = np.array(margin(images, labels) <= 0)
+    fallen = np.array(_margins(fn(images), labels) <= 0)
     left = []
     for radius in tqdm(radii, desc="attack", unit="radius", disable=not progress):
         for _ in range(steps if radius else 0):
@@ -208,52 +190,32 @@ def under_attack(
 
 
 def constants_report(title: str, networks: dict[str, Any]) -> str:
-    """A table of constants on stdout.
-
-    Args:
-      title: what the networks are.
-      networks: name -> ``constants``.
-    """
-    lines = [f"{title:30}" + "".join(f"{name:>18}" for name in networks)]
-    for key, (label, note, _) in QUANTITIES.items():
-        numbers = "".join(f"{result[key]:18.4f}" for result in networks.values())
-        lines.append(f"  {label:28}{numbers}   {note}")
-    methods = "".join(f"{result['method']:>18}" for result in networks.values())
-    seconds = "".join(f"{result['seconds']:18.1f}" for result in networks.values())
-    return "\n".join(
-        [*lines, f"  {'tightest by':28}{methods}", f"  {'CPU seconds':28}{seconds}", ""]
-    )
+    """A table of the ``constants`` of networks by name."""
+    rows = [[title, *networks]]
+    rows += [[f"  {label}", *(f"{result[key]:.4f}" for result in networks.values())]
+             for key, (label, _, _) in QUANTITIES.items()]  # fmt: skip
+    rows.append(["  tightest by", *(result["method"] for result in networks.values())])
+    rows.append(["  CPU seconds", *(f"{result['seconds']:.1f}" for result in networks.values())])
+    return cli.aligned(rows, ["", *(note for _, note, _ in QUANTITIES.values()), "", ""]) + "\n"
 
 
 def radii_report(classifiers: dict[str, Any]) -> str:
-    """The accuracy that is claimed and left at each radius.
-
-    Args:
-      classifiers: of ``robustness``.
-    """
+    """The accuracy that is claimed and left at each radius, of ``robustness``."""
     lines = []
     for name, result in classifiers.items():
         lines.append(f"{name}: accuracy {result['accuracy']:.1%}; certified at a radius of")
-        every = result["radii"][::3]
-        lines.append(f"  {'':28}" + "".join(f"{r:8.2f}" for r in every))
-        for key, values in result["claims"].items():
-            label, note, _ = QUANTITIES[key]
-            numbers = "".join(f"{value:8.1%}" for value in values[::3])
-            lines.append(f"  {label:28}{numbers}   {note}")
-        left = "".join(f"{value:8.1%}" for value in result["under attack"])
-        lines.append(f"  {'left under attack':28}{left}   robust accuracy is no more")
+        claims = {QUANTITIES[key][:2]: values[::3] for key, values in result["claims"].items()}
+        claims["left under attack", "robust accuracy is no more"] = result["under attack"]
+        rows = [["", *(f"{r:.2f}" for r in result["radii"][::3])]]
+        rows += [[f"  {label}", *(f"{x:.1%}" for x in values)]
+                 for (label, _), values in claims.items()]  # fmt: skip
+        lines.append(cli.aligned(rows, ["", *(note for _, note in claims)]))
     return "\n".join(lines)
 
 
-def save_constants(path: Path, networks: dict[str, Any], title: str) -> None:
-    """Bars of each network's constant, from both sides.
-
-    Args:
-      path: of the PNG file.
-      networks: of ``discriminators``.
-      title: what was run.
-    """
-    figure = Figure(figsize=(11, 5), layout="constrained")
+@picture(11, 5)
+def save_constants(figure: Figure, networks: dict[str, Any], title: str) -> None:
+    """Bars of each network's constant, from both sides."""
     figure.suptitle(title)
     axes = figure.subplots()
     at = np.arange(len(networks))
@@ -270,18 +232,11 @@ def save_constants(path: Path, networks: dict[str, Any], title: str) -> None:
     axes.set_xticks(at, list(networks))
     axes.set(ylabel="Lipschitz constant; the true one lies in the shaded band")
     axes.legend(loc="upper right", fontsize=8)
-    figure.savefig(path, dpi=150)
 
 
-def save_robustness(path: Path, classifiers: dict[str, Any], title: str) -> None:
-    """Certified accuracy over the radius, beside what an attack leaves.
-
-    Args:
-      path: of the PNG file.
-      classifiers: of ``robustness``.
-      title: what was run.
-    """
-    figure = Figure(figsize=(11, 4.4), layout="constrained")
+@picture(11, 4.4)
+def save_robustness(figure: Figure, classifiers: dict[str, Any], title: str) -> None:
+    """Certified accuracy over the radius, beside what an attack leaves."""
     figure.suptitle(title)
     styles = {
         "flattened": ("#888888", "--"), "product": ("#6d9bc9", "-"), "upper": ("#27567f", "-"),
@@ -297,4 +252,3 @@ def save_robustness(path: Path, classifiers: dict[str, Any], title: str) -> None
         axes.set(title=f"{name}, accuracy {result['accuracy']:.1%}", xlim=(0, None), ylim=(0, 1.02),
                  xlabel="radius (l2; pixels from 0 to 1)", ylabel="accuracy, held out")  # fmt: skip
         axes.legend(loc="upper right", fontsize=8)
-    figure.savefig(path, dpi=150)

@@ -20,6 +20,7 @@ from jax import Array
 
 import sn_jax
 from experiments.certify import nets, study
+from experiments.cli import markdown
 from experiments.gan.evaluate import Classifier
 from experiments.gan.networks import ARCHITECTURES
 from experiments.transformer.model import Block
@@ -51,17 +52,12 @@ class Critic(nnx.Module):
 
 
 class Model(NamedTuple):
-    """A network of the repository.
+    """A network of the repository."""
 
-    Attributes:
-      make: from a key to the function with its weights.
-      shape: of its argument, a batch of one.
-      radius: of a ball around a normal x, relative to the length of x, where the constant is asked
-        for; None: in all of space.
-    """
-
-    make: Callable[[Array], Callable[[Array], Array]]
-    shape: tuple[int, ...]
+    make: Callable[[Array], Callable[[Array], Array]]  # from a key to the function
+    shape: tuple[int, ...]  # of its argument, a batch of one
+    # Of a ball around a normal x, over the length of x, where the constant is asked for; None:
+    # in all of space.
     radius: float | None = None
 
 
@@ -112,15 +108,14 @@ def table(out: Path, seed: int = 0, *, progress: bool = False) -> dict[str, dict
     Args:
       out: folder of models.jsonl, a row a network; those that are there are not run again.
       seed: of weights, points and attacks.
-      progress: show a bar on stderr.
 
     Returns:
-      dict: network -> "lower", "upper", its logarithm "log10", "method", the
+      Network -> "lower", "upper", its logarithm "log10", "method", the
       "failure_probability", "bounds" by method, "notes", and CPU "seconds" of the bound.
     """
     every = {(name, seed): partial(_measured, MODELS[name], seed) for name in MODELS}
-    return {name: row for (name, n), row in nets.kept(out / ROWS, every, progress=progress).items()
-            if n == seed and name in MODELS}  # fmt: skip
+    known = nets.kept(out / ROWS, every, progress=progress)
+    return {name: row for (name, _), row in known.items()}
 
 
 def _measured(model: Model, seed: int) -> dict[str, Any]:
@@ -186,13 +181,11 @@ def violations(results: dict[str, dict[str, Any]]) -> list[str]:
 
 def report(results: dict[str, dict[str, Any]]) -> str:
     """A table in Markdown."""
-    head = ("network", "lower", "upper", "product", "upper / lower", "by",
-            "too small with probability", "CPU seconds")  # fmt: skip
-    lines = [f"| {' | '.join(head)} |", "|" + " --- |" * len(head)]
+    rows = [["network", "lower", "upper", "product", "upper / lower", "by",
+             "too small with probability", "CPU seconds"]]  # fmt: skip
     for name, row in results.items():
         ratio = row["upper"] / row["lower"] if row["lower"] else math.inf
         numbers = (row["lower"], row["upper"], row["bounds"]["product"], ratio)
-        cells = (name, *(f"{number:.4g}" for number in numbers), row["method"])
-        lines.append(f"| {' | '.join(cells)} | {row['failure_probability']:.2g} | "
-                     f"{row['seconds']:.1f} |")  # fmt: skip
-    return "\n".join(lines)
+        rows.append([name, *(f"{number:.4g}" for number in numbers), row["method"],
+                     f"{row['failure_probability']:.2g}", f"{row['seconds']:.1f}"])  # fmt: skip
+    return "\n".join(markdown(rows))

@@ -4,7 +4,6 @@ Bounds are for comparison with each other; weights are normal with a variance of
 a network says otherwise.
 """
 
-import json
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -19,8 +18,7 @@ from jax import Array
 from tqdm import tqdm
 
 import sn_jax
-from experiments.cli import write_text
-from experiments.gan.loop import read_rows
+from experiments.cli import markdown, resumed
 from experiments.gan.networks import ARCHITECTURES
 from sn_jax import linen as sn_linen
 
@@ -153,10 +151,9 @@ def table(
       n_seeds: how many.
       seed: the first, of the weights.
       nets: the networks.
-      progress: show a bar on stderr.
 
     Returns:
-      dict: network -> method -> list of bounds, None where it did not run; also "lower".
+      Network -> method -> list of bounds, None where it did not run; also "lower".
     """
     every = {(name, seed + i): partial(_measured, nets[name], seed + i)
              for i in range(n_seeds) for name in nets}  # fmt: skip
@@ -169,30 +166,21 @@ def table(
 
 
 def kept(
-    path: Path,
-    every: dict[tuple[str, int], Callable[[], dict[str, Any]]],
-    *,
-    progress: bool = False,
+    path: Path, every: dict[tuple[str, int], Callable[[], dict[str, Any]]], *, progress: bool
 ) -> dict[tuple[str, int], dict[str, Any]]:
-    """Measure what is not yet in a file, one network after the other.
+    """What measures each (network, seed), run where its row is not yet in a file."""
+    with tqdm(total=len(every), unit="network", disable=not progress) as bar:
 
-    Args:
-      path: of the rows, one for each network and seed.
-      every: (network, seed) -> what measures it.
-      progress: show a bar on stderr.
-    """
-    rows = read_rows(path.parent, path.name)
-    write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
-    known = {(row["network"], row["seed"]): row["bounds"] for row in rows}
-    with path.open("a") as file, tqdm(every, unit="network", disable=not progress) as bar:
-        for name, seed in bar:
+        def row(name, seed, measure):
             bar.set_postfix_str(name)
-            if (name, seed) not in known:
-                known[name, seed] = every[name, seed]()
-                row = {"network": name, "seed": seed, "bounds": known[name, seed]}
-                file.write(json.dumps(row) + "\n")
-                file.flush()
-    return known
+            return {"network": name, "seed": seed, "bounds": measure()}
+
+        jobs = {key: partial(row, *key, measure) for key, measure in every.items()}
+        found = {}
+        for key, made in resumed(path, jobs, lambda row: (row["network"], row["seed"])):
+            found[key] = made["bounds"]
+            bar.update()
+    return found
 
 
 def _measured(net: Net, seed: int) -> dict[str, float | None]:
@@ -236,8 +224,7 @@ def medians(results: dict[str, dict[str, Any]]) -> dict[str, dict[str, float | N
 def report(results: dict[str, dict[str, Any]]) -> str:
     """The medians as a table in Markdown."""
     columns = (*METHODS, "lower")
-    lines = [f"| network | {' | '.join(columns)} |", "|" + " --- |" * (len(columns) + 1)]
-    for name, row in medians(results).items():
-        cells = ["" if row[key] is None else f"{row[key]:.4g}" for key in columns]
-        lines.append(f"| {name} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+    rows = [["network", *columns]]
+    rows += [[name, *("" if row[key] is None else f"{row[key]:.4g}" for key in columns)]
+             for name, row in medians(results).items()]  # fmt: skip
+    return "\n".join(markdown(rows))

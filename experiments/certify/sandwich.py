@@ -4,7 +4,6 @@ Every bound that is reported must hold at every point: the norm of the Jacobian 
 led, and the distance of two values over that of their arguments, which owes nothing to derivatives.
 """
 
-import json
 import math
 import time
 from collections import Counter, defaultdict
@@ -21,8 +20,7 @@ from tqdm import tqdm
 
 import sn_jax
 from experiments.certify.programs import random_program
-from experiments.cli import write_text
-from experiments.gan.loop import read_rows
+from experiments.cli import aligned, resumed
 from experiments.gan.train import runs_once
 
 TOLERANCE = 1e-9  # relative: rounding of a Jacobian in float64, far below any real miss
@@ -43,46 +41,32 @@ def attack(n_cases: int, seed: int, out: Path, *, progress: bool = False) -> dic
       n_cases: how many; those of a shorter attack with this seed are the first of a longer one.
       seed: of the programs and the points.
       out: folder of programs.jsonl, a row a case; those that are there are not run again.
-      progress: show a bar on stderr.
 
     Returns:
-      dict: ``violations`` (a bound below what is reached), ``errors`` (exceptions), ``infinite``
+      ``violations`` (a bound below what is reached), ``errors`` (exceptions), ``infinite``
       (no bound, though every program has a constant), each a list of reproductions; ``slack``:
       quantiles of bound over what is reached, by method; counts; seconds.
     """
-    rows = [row for row in read_rows(out, ROWS) if row["seed"] == seed and row["index"] < n_cases]
-    write_text(out / ROWS, "".join(json.dumps(row) + "\n" for row in rows))
-    done = {row["index"] for row in rows}
-    todo = [index for index in range(n_cases) if index not in done]
-    bad = sum(bool(row.get("violated")) for row in rows)
-    with (
-        tqdm(total=n_cases, initial=len(done), unit="program", disable=not progress) as bar,
-        (out / ROWS).open("a") as file,
-    ):
-        for index in todo:
-            row = run_case(index, seed)
+    jobs = {(index, seed): partial(run_case, index, seed) for index in range(n_cases)}
+    rows, bad = [], 0
+    with tqdm(total=n_cases, unit="program", disable=not progress) as bar:
+        for _, row in resumed(out / ROWS, jobs, lambda row: (row["index"], row["seed"])):
             rows.append(row)
-            file.write(json.dumps(row) + "\n")
-            file.flush()
             if row.get("violated"):
                 bad += 1
                 bar.write(f"violation: {row}\n  reproduce: {_reproduce(row)}")
             bar.set_postfix_str(f"{bad} violations")
             bar.update()
-            if index % FORGET_EVERY == 0:
+            if row["index"] % FORGET_EVERY == 0:
                 jax.clear_caches()
     return summary(rows) | {"seed": seed}
 
 
 def run_case(index: int, seed: int) -> dict[str, Any]:
-    """One case, the same at every call: to reproduce what an attack reported.
-
-    Args:
-      index: of the case.
-      seed: of the attack.
+    """One case of an attack, the same at every call: to reproduce what it reported.
 
     Returns:
-      dict: ``index``, ``seed``; ``error``, or ``bounds`` (method -> bound), ``reached``, by what,
+      ``index``, ``seed``; ``error``, or ``bounds`` (method -> bound), ``reached``, by what,
       and ``violated``: the methods whose bound is below it; seconds of both.
     """
     row: dict[str, Any] = {"index": index, "seed": seed}
@@ -158,8 +142,8 @@ def stretch(
             found = sn_jax.lipschitz_attack(
                 fn, jax.random.key(int(rng.integers(2**31))), jnp.asarray(x), climb, restarts=3
             )
-        except ValueError as error:  # loops whose length is not known have no gradient
-            if "while_loop" not in str(error):
+        except ValueError as error:  # as loops whose length is not known
+            if "has no backward pass" not in str(error):
                 raise
         else:
             reached["climb"] = float(np.nan_to_num(found.lower))
@@ -214,12 +198,12 @@ def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 def report(results: dict[str, Any]) -> str:
     """The table, and what went wrong with how to reproduce it."""
-    lines = [f"{'bound / reached':18}{'programs':>9}" + "".join(f"{n:>10}" for n in _QUANTILES)]
-    for name, row in results["slack"].items():
-        numbers = "".join(f"{row[q]:10.3f}" for q in _QUANTILES)
-        lines.append(f"{name:18}{row['programs']:9}{numbers}")
+    rows = [["bound / reached", "programs", *_QUANTILES]]
+    rows += [[name, row["programs"], *(f"{row[q]:.3f}" for q in _QUANTILES)]
+             for name, row in results["slack"].items()]  # fmt: skip
     found, seconds = results["n_found"], results["seconds"]
-    lines += [
+    lines = [
+        aligned(rows),
         "",
         f"{results['n_cases']} programs: {found['violations']} violations, {found['errors']} "
         f"errors, {found['infinite']} without a finite bound",

@@ -7,7 +7,6 @@ the layers' norms bounds the network's Lipschitz constant only where they are no
 
 import math
 import time
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -23,6 +22,7 @@ from tqdm import tqdm
 import sn_jax
 import sn_jax.linen
 from experiments.data import load
+from experiments.pictures import picture
 
 METHODS = {"reshape": "flattened SN", "operator": "operator SN"}
 WIDTH, BATCH, LEARNING_RATE, RTOL = 16, 128, 3e-3, 1e-3
@@ -41,19 +41,12 @@ class Network(nn.Module):
 
 
 class Trained(NamedTuple):
-    """A network after training.
+    """A network after training."""
 
-    Attributes:
-      params: with normalized kernels, as the network runs with them.
-      operators: path -> view of the linear map that each kernel is.
-      accuracy: on the held-out images.
-      seconds: of training, compiling included.
-    """
-
-    params: Any
-    operators: dict[str, sn_jax.View]
-    accuracy: float
-    seconds: float
+    params: Any  # with normalized kernels, as the network runs with them
+    operators: dict[str, sn_jax.View]  # path -> view of the linear map that each kernel is
+    accuracy: float  # on the held-out images
+    seconds: float  # of training, compiling included
 
 
 def study(steps: int, seed: int, *, progress: bool = False) -> dict[str, Any]:
@@ -62,10 +55,9 @@ def study(steps: int, seed: int, *, progress: bool = False) -> dict[str, Any]:
     Args:
       steps: of Adam, each on a batch of 128.
       seed: of the initialization and the batches.
-      progress: show a bar on stderr.
 
     Returns:
-      dict: for each method's name its ``layers`` (path -> flattened and true sigma, lower and
+      For each method's name its ``layers`` (path -> flattened and true sigma, lower and
       upper), the products, a lower bound of the Lipschitz constant, accuracy and seconds.
     """
     results = {}
@@ -97,7 +89,7 @@ def train(
 
     Args:
       conv: "reshape" or "operator", as in ``sn_jax.linen.views``.
-      steps, seed, progress: as in ``study``.
+      steps, seed: as in ``study``.
       data: the images, by their name in ``experiments.data``.
       model: from images to logits; a ``Network`` if None.
       temperature: what logits are divided by in the loss. A small one asks for margins, since
@@ -172,10 +164,6 @@ def largest_jacobian(params: Any, n_steps: int = 100) -> float:
 
     Power iteration by jvp and vjp, for all images at once. Each value is ``|J v|`` for a unit
     ``v``, so the network's Lipschitz constant is no smaller, up to the rounding of float32.
-
-    Args:
-      params: with normalized kernels.
-      n_steps: of power iteration.
     """
     images, _ = scaled_images("test")
 
@@ -230,15 +218,9 @@ def _bracket(layer: dict[str, float], between: str) -> str:
     return f"[{lower:.4f}{between}{upper:.4f}]"
 
 
-def save_norms(path: Path, results: dict[str, Any], title: str) -> None:
-    """Bars of each layer's norms with the proved bracket, and what their products say.
-
-    Args:
-      path: of the PNG file.
-      results: of ``study``.
-      title: what was run.
-    """
-    figure = Figure(figsize=(14, 4.6), layout="constrained")
+@picture(14, 4.6)
+def save_norms(figure: Figure, results: dict[str, Any], title: str) -> None:
+    """Bars of each layer's norms with the proved bracket, and what their products say."""
     figure.suptitle(title)
     *panels, products = figure.subplots(1, 3)
     top = 1.18 * max(x["upper"] for r in results.values() for x in r["layers"].values())
@@ -285,4 +267,3 @@ def save_norms(path: Path, results: dict[str, Any], title: str) -> None:
     products.set_xticks(at, list(results))
     products.set(title="Lipschitz constant of the network", ylabel="logarithmic")
     products.legend(loc="upper right", fontsize=8)
-    figure.savefig(path, dpi=150)

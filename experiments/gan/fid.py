@@ -1,13 +1,12 @@
 """FID of a run: at its end, and over training."""
 
-import json
 import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from experiments.cli import UserError, write_text
+from experiments.cli import UserError, write_rows
 from experiments.gan.evaluate import generated
 from experiments.gan.loop import read_rows
 from experiments.gan.train import Config, Data, State, Training
@@ -62,16 +61,10 @@ def measure(
         n_real, n_fake = counts(name)
         batches = generated(training, state, n_fake, n_classes)
         fake = np.concatenate([np.round((x + 1) * 127.5).astype(np.uint8) for x in batches])
-        numbers = evaluate(
-            np.asarray(data.images),
-            fake,
-            n_real=n_real,
-            data_dir=config.data_dir,
-            progress=config.progress,
-        )
+        options = {"data_dir": config.data_dir, "progress": config.progress}
+        numbers = evaluate(np.asarray(data.images), fake, n_real=n_real, **options)
         row = {"step": step} | numbers | {"seconds": round(time.perf_counter() - start, 1)}
-        lines = [json.dumps(r, allow_nan=False) + "\n" for r in [*rows(config.out), row]]
-        write_text(config.out / "fid.jsonl", "".join(lines))
+        write_rows(config.out / "fid.jsonl", [*rows(config.out), row], allow_nan=False)
         scalars[f"fid/{n_real}/{n_fake}"] = numbers["fid"]
     return scalars
 

@@ -19,8 +19,8 @@ import orbax.checkpoint as ocp
 from jax import Array
 from tqdm import tqdm
 
-from experiments import processes
-from experiments.cli import UserError, write_text
+from experiments import cli, processes
+from experiments.cli import UserError
 from experiments.gan.place import Place
 from experiments.gan.train import Config, Data, State, Training, make_training
 
@@ -86,34 +86,33 @@ def train(
     many = jax.default_backend() != "cpu"
 
     with _deferred_interrupt() as interrupt:
-        if _saved_steps(config.out):
+        if saved_steps(config.out):
             state = _restore(config, training, place)
         else:
             state = place.state(training.init(jax.random.key(config.seed)))
         step = int(state.step)
-        rows = _keep_rows(config.out, step) if processes.is_first() else []
+        # What was written from this step on comes again. What other processes write goes nowhere.
+        first = processes.is_first()
+        rows, rows_file = [], config.out / "metrics.jsonl" if first else Path(os.devnull)
+        if first:
+            kept = [row for row in read_rows(config.out) if row["step"] <= step]
+            rows = cli.write_rows(rows_file, kept)
+        events = SummaryWriter(
+            str(config.out), purge_step=step + 1 if step else None, filename_suffix=f".{step}",
+            write_to_disk=first,
+        )  # fmt: skip
         seconds = rows[-1]["seconds"] if rows else 0.0
         row_step, row_time = step, time.perf_counter()
-        silent = not (config.progress and processes.is_first())
+        silent = not (config.progress and first)
         bar = tqdm(initial=step, total=config.steps, unit="step", disable=silent)
         bar.set_postfix_str("compiling")
-        # TensorBoard drops what an earlier process wrote from this step on: it comes again.
-        rows_file, events_folder = config.out / "metrics.jsonl", str(config.out)
-        if not processes.is_first():  # what they write goes nowhere
-            rows_file, events_folder = Path(os.devnull), None
-        events = SummaryWriter(
-            events_folder,
-            purge_step=step + 1 if step else None,
-            filename_suffix=f".{step}",
-            write_to_disk=processes.is_first(),
-        )
         with rows_file.open("a") as metrics, events, bar:
             on_disk = step > 0  # there is a checkpoint of this very state
             while step < config.steps:
                 if at_checkpoint and on_disk:
                     looked = time.perf_counter()
                     local = place.host(state)
-                    values = at_checkpoint(training, local) if processes.is_first() else {}
+                    values = at_checkpoint(training, local) if first else {}
                     for tag, value in values.items():
                         events.add_scalar(tag, value, step)
                     row_time += time.perf_counter() - looked  # no time of the training
@@ -160,24 +159,9 @@ def train(
     return training, state
 
 
-def read_json(path: Path) -> Any:
-    """Raises UserError if the file is not whole."""
-    try:
-        return json.loads(path.read_text())
-    except ValueError as error:
-        raise UserError(f"{path} is damaged ({error}): give another --out.") from error
-
-
 def read_rows(out: Path, name: str = "metrics.jsonl") -> list[dict[str, Any]]:
-    """The rows of a file of the run; a last one that a kill cut short is left out."""
-    rows = []
-    path = out / name
-    for line in path.read_text().splitlines() if path.exists() else []:
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    return rows
+    """Of a file in the folder of a run."""
+    return cli.read_rows(out / name)
 
 
 # --- Metrics --------------------------------------------------------------------------------
@@ -187,18 +171,11 @@ def _next_multiple(step: int, every: int) -> int:
     return (step // every + 1) * every
 
 
-def _keep_rows(out: Path, step: int) -> list[dict[str, Any]]:
-    """Drop the rows beyond a checkpoint: its run writes them again."""
-    rows = [row for row in read_rows(out) if row["step"] <= step]
-    write_text(out / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
-    return rows
-
-
 def _require_finite(config: Config, step: int, tree: Any) -> None:
     """Raises Diverged unless all of the tree is."""
     leaves = jax.tree.leaves(jax.device_get(tree))
     if not all(np.isfinite(x).all() for x in leaves):
-        raise Diverged(step, max(_saved_steps(config.out), default=0))
+        raise Diverged(step, max(saved_steps(config.out), default=0))
 
 
 def _measure(
@@ -254,7 +231,7 @@ def _deferred_interrupt() -> Iterator[threading.Event]:
         signal.signal(signal.SIGINT, previous)
 
 
-def _saved_steps(out: Path) -> list[int]:
+def saved_steps(out: Path) -> list[int]:
     """The steps of the complete checkpoints, from the first to the last."""
     names = [path.name for path in (out / "checkpoints").glob("*")]
     return sorted(int(name) for name in names if name.isdigit())
@@ -275,9 +252,9 @@ def _save(out: Path, state: State) -> None:
         checkpointer.save(partial / "state", args=ocp.args.StandardSave(state))
     processes.wait("written")
     if processes.is_first():
-        write_text(partial / "checksums.json", json.dumps(_checksums(partial), indent=2))
+        cli.write_json(partial / "checksums.json", _checksums(partial), indent=2)
         partial.rename(folder)
-        for step in _saved_steps(out)[:-2]:
+        for step in saved_steps(out)[:-2]:
             shutil.rmtree(_folder(out, step))
     processes.wait("saved")
 
@@ -289,7 +266,7 @@ def _checksums(folder: Path) -> dict[str, str]:
 
 def _restore(config: Config, training: Training, place: Place) -> State:
     """The last checkpoint, laid out as this run is, however it was when it was written."""
-    *before, step = _saved_steps(config.out)
+    *before, step = saved_steps(config.out)
     if step > config.steps:
         raise UserError(
             f"{config.out} is already trained to step {step}: "
@@ -307,11 +284,7 @@ def _restore(config: Config, training: Training, place: Place) -> State:
         if present.get(name) != checksum:
             raise UserError(f"{folder / name} is damaged: {remedy}.")
     shapes = training.shapes(jax.random.key(config.seed))
-    structure = jax.tree.map(
-        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
-        shapes,
-        place.shardings(shapes),
-    )
+    structure = jax.tree.map(lambda x, at: x.update(sharding=at), shapes, place.shardings(shapes))
     try:
         with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
             return checkpointer.restore(folder / "state", args=ocp.args.StandardRestore(structure))

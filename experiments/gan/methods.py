@@ -35,30 +35,22 @@ class Method(NamedTuple):
 
     init: Callable[[Params, Array, Views], MethodState] = lambda params, key, views: {}
     """From the parameters, a key, and how the kernels act."""
-
     update: Callable[[Params, MethodState], MethodState] = lambda params, state: state
     """Called once per discriminator step, before and outside the loss."""
-
     apply: Callable[[Params, MethodState], Params] = lambda params, state: params
     """The weights that the network runs with; differentiable, and leaves the state as it is."""
-
     penalty: Callable[[Params, MethodState, Batch], Array | float] = lambda *_: 0.0
     """Added to the discriminator's loss, times ``strength``."""
-
     project: Callable[[Params, MethodState, Array], tuple[Params, MethodState]] = (
         lambda params, state, strength: (params, state)
     )
     """Called after initialization and after every update, with ``strength``."""
-
     norms: Callable[[Params, MethodState], dict[str, Array]] = lambda params, state: {}
     """Its own estimates of the layers' spectral norms by path; empty if it makes none."""
-
     strength: float | None = None
     """The method's one number, if it has one; ``--strength`` replaces it."""
-
     axes: tuple[int, ...] = ()
     """Axes of the hidden layers' outputs (n, h, w, c) that are standardized over."""
-
     kernel_init: Callable[..., Array] | None = None
     """Initializer of the kernels, instead of the network's own."""
 

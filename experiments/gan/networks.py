@@ -254,8 +254,7 @@ def _resnet_inits(authors: bool, cosgrove: bool) -> Inits:
     return Inits(root_two, one, one) if authors else Inits(_LECUN, _LECUN, _LECUN)
 
 
-def _pool(x: Array) -> Array:
-    return nn.avg_pool(x, (2, 2), (2, 2))
+_pool = partial(nn.avg_pool, window_shape=(2, 2), strides=(2, 2))
 
 
 def _twice(x: Array) -> Array:
@@ -358,24 +357,18 @@ class Architecture(NamedTuple):
     n_levels: Callable[[int], int]
     """How often the generator doubles its grid up to a size; ValueError where it cannot."""
 
+    def of(self, **options: bool) -> "Architecture":
+        """Both networks with these options."""
+        networks = (partial(network, **options) for network in self[:2])
+        return Architecture(*networks, self.n_levels)
 
+
+_CNN = Architecture(Generator, Discriminator, n_stages)
+_RESNET = Architecture(ResNetGenerator, ResNetDiscriminator, n_doublings)
 ARCHITECTURES = {
-    "cnn": Architecture(Generator, Discriminator, n_stages),
-    "resnet": Architecture(ResNetGenerator, ResNetDiscriminator, n_doublings),
-}
-ARCHITECTURES |= {
-    f"{name}-authors": architecture._replace(
-        generator=partial(architecture.generator, authors=True),
-        discriminator=partial(architecture.discriminator, authors=True),
-    )
-    for name, architecture in ARCHITECTURES.items()
-} | {
-    "cosgrove": Architecture(
-        partial(ResNetGenerator, cosgrove=True),
-        partial(ResNetDiscriminator, cosgrove=True),
-        n_doublings,
-    )
-}
+    "cnn": _CNN, "resnet": _RESNET, "cnn-authors": _CNN.of(authors=True),
+    "resnet-authors": _RESNET.of(authors=True), "cosgrove": _RESNET.of(cosgrove=True),
+}  # fmt: skip
 
 
 def fitting_size(architecture: str, size: int) -> int:

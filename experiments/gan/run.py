@@ -1,7 +1,6 @@
 """One run from its options to its numbers and pictures."""
 
 import dataclasses
-import json
 import resource
 import sys
 import time
@@ -13,10 +12,10 @@ import jax
 import numpy as np
 
 from experiments import processes
-from experiments.cli import UserError, provenance, write_text
+from experiments.cli import UserError, provenance, read_json, usable, write_json
 from experiments.data import load
 from experiments.gan import evaluate, fid, plots
-from experiments.gan.loop import read_json, read_rows, train
+from experiments.gan.loop import read_rows, train
 from experiments.gan.networks import ARCHITECTURES, fit, fitting_size
 from experiments.gan.train import Config, Data, scaled
 
@@ -42,7 +41,7 @@ def open_folder(config: Config) -> dict[str, Any] | None:
     out = config.out
     # A run may be prolonged, unless what it did depends on where it was to end.
     free = set() if config.schedule == "linear" else {"steps"}
-    try:
+    with usable(out):
         if (out / "config.json").exists():
             if not config.resume:
                 raise UserError(
@@ -67,11 +66,7 @@ def open_folder(config: Config) -> dict[str, Any] | None:
         elif out.exists() and any(not path.name.startswith(".") for path in out.iterdir()):
             raise UserError(f"{out} holds files that are not of a run: give another --out.")
         out.mkdir(parents=True, exist_ok=True)
-        write_text(out / "config.json", json.dumps(config.identity(), indent=2))
-    except OSError as error:
-        raise UserError(
-            f"{out} cannot be used ({error.strerror}): give a folder that can be written by --out."
-        ) from error
+        write_json(out / "config.json", config.identity(), indent=2)
     return None
 
 
@@ -140,12 +135,9 @@ def run(config: Config) -> dict[str, Any]:
         if config.progress:
             print("Measuring the samples")
         source = config.dataset, config.data_dir, config.architecture, config.size
+        train_images, test_images = real.train.images[: len(fake)], real.test.images
         quality = evaluate.quality(
-            _judge(*source),
-            fake,
-            scaled(real.train.images[: len(fake)]),
-            scaled(real.test.images),
-            real.test.labels,
+            _judge(*source), fake, scaled(train_images), scaled(test_images), real.test.labels
         )
     measure_fid(training, state)
     fids = fid.rows(config.out)
@@ -186,7 +178,7 @@ def run(config: Config) -> dict[str, Any]:
             "process_peak_bytes": peak if sys.platform == "darwin" else 1024 * peak,
         },
     } | provenance()
-    write_text(config.out / "summary.json", json.dumps(summary, indent=2, allow_nan=False))
+    write_json(config.out / "summary.json", summary, indent=2, allow_nan=False)
     return summary
 
 
@@ -218,21 +210,14 @@ def _quality_lines(quality: dict[str, Any] | None) -> list[str]:
     n = quality["n_real"]
     table = [
         ("", "generated", "real", ""),
-        (
-            "Frechet distance",
-            f"{quality['frechet_fake']:.1f}",
-            f"{quality['frechet_real']:.1f}",
-            f"{n} generated, {n} training images; each against {n} held-out ones",
-        ),
-        (
-            "mean confidence",
-            f"{quality['confidence_fake']:.3f}",
-            f"{quality['confidence_real']:.3f}",
-            f"of the classifier, {quality['classifier_accuracy']:.1%} right on held-out images",
-        ),
+        ("Frechet distance", f"{quality['frechet_fake']:.1f}", f"{quality['frechet_real']:.1f}",
+         f"{n} generated, {n} training images; each against {n} held-out ones"),
+        ("mean confidence", f"{quality['confidence_fake']:.3f}",
+         f"{quality['confidence_real']:.3f}",
+         f"of the classifier, {quality['classifier_accuracy']:.1%} right on held-out images"),
         ("classes present", f"{present}/{len(fractions)}", "", f"{quality['n_samples']} samples"),
         ("rarest class", f"{min(fractions):.1%}", "", ""),
-    ]
+    ]  # fmt: skip
     return [f"{name:<17}{fake:>10}{real:>8}   {note}".rstrip() for name, fake, real, note in table]
 
 

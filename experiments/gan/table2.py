@@ -7,7 +7,6 @@ command. Killed at any moment and called again, it goes on where it was.
 import dataclasses
 import datetime
 import itertools
-import json
 import shlex
 import sys
 import time
@@ -20,9 +19,9 @@ import numpy as np
 
 from experiments import cli
 from experiments.bench.timing import interleaved, median_ratio
-from experiments.cli import UserError, write_text
+from experiments.cli import UserError, read_json, write_json
 from experiments.gan import plots
-from experiments.gan.loop import Diverged, Paused, read_json, read_rows
+from experiments.gan.loop import Diverged, Paused, read_rows
 from experiments.gan.run import open_folder, real_images, run
 from experiments.gan.train import SETTINGS, Config, make_training
 
@@ -35,28 +34,20 @@ PAPER = {
 
 # What a method of the table is: normalization and loss, and what else is not the preset's. The
 # loss is the paper's: equation 1 but for WGAN-GP and where it says hinge.
+_WASSERSTEIN, _HINGE = {"loss": "wasserstein"}, {"loss": "hinge"}
+_RESNET = {"architecture": "resnet", "loss": "hinge", "learning_rate": 2e-4, "b1": 0.0,
+           "b2": 0.9, "n_dis": 5}  # fmt: skip
 METHODS: dict[str, dict[str, Any]] = {
-    "none": {"normalization": "none"},
-    "clip": {"normalization": "clip"},
-    "GAN-GP": {"normalization": "gp"},
-    "WGAN-GP": {"normalization": "gp", "loss": "wasserstein"},
-    "BN": {"normalization": "bn"},
-    "LN": {"normalization": "ln"},
-    "WN": {"normalization": "wn"},
-    "orthonormal": {"normalization": "orthonormal"},
-    "SN": {"normalization": "sn"},
-    "SN hinge": {"normalization": "sn", "loss": "hinge"},
-    "SN operator": {"normalization": "sn-operator"},
-    "SN + WGAN-GP": {"normalization": "sn-gp", "loss": "wasserstein"},
-    "SN regularization": {"normalization": "sn-regularization"},
-    "projection": {"normalization": "projection"},
-    "L2": {"normalization": "l2"},
-    "lasso": {"normalization": "lasso"},
-}
-RESNET = {"architecture": "resnet", "loss": "hinge", "learning_rate": 2e-4, "b1": 0.0,
-          "b2": 0.9, "n_dis": 5}  # fmt: skip
-METHODS["ResNet orthonormal hinge"] = {"normalization": "orthonormal"} | RESNET
-METHODS["ResNet SN hinge"] = {"normalization": "sn"} | RESNET
+    name: {"normalization": normalization} | options for name, normalization, options in [
+        ("none", "none", {}), ("clip", "clip", {}), ("GAN-GP", "gp", {}),
+        ("WGAN-GP", "gp", _WASSERSTEIN), ("BN", "bn", {}), ("LN", "ln", {}), ("WN", "wn", {}),
+        ("orthonormal", "orthonormal", {}), ("SN", "sn", {}), ("SN hinge", "sn", _HINGE),
+        ("SN operator", "sn-operator", {}), ("SN + WGAN-GP", "sn-gp", _WASSERSTEIN),
+        ("SN regularization", "sn-regularization", {}), ("projection", "projection", {}),
+        ("L2", "l2", {}), ("lasso", "lasso", {}),
+        ("ResNet orthonormal hinge", "orthonormal", _RESNET), ("ResNet SN hinge", "sn", _RESNET),
+    ]
+}  # fmt: skip
 
 
 def study(common: dict[str, Any], *parts: tuple[list[str], str, list[int]]) -> dict[str, Config]:
@@ -147,8 +138,9 @@ def tabulate(options: Options) -> None:
         for name, config in rows.items()
     }
     start = time.perf_counter()
+    done = {row["name"] for row in earlier(out, configs)["rows"]}
     for i, (name, config) in enumerate(configs.items()):
-        if options.row not in (None, name) or summary_of(config) or diverged_at(config):
+        if options.row not in (None, name) or collect(name, config) or name in done:
             continue
         print(f"[{i + 1}/{len(configs)}] {name}", flush=True)
         if options.minutes is not None:
@@ -161,7 +153,7 @@ def tabulate(options: Options) -> None:
             print(f"Paused: {name}, {pause}; the same command continues")
             break
         except Diverged as error:
-            write_text(config.out / "diverged.json", json.dumps({"step": error.step}))
+            write_json(config.out / "diverged.json", {"step": error.step})
             print(f"{name} diverged before step {error.step}")
         write(out, options.preset, configs)
     results = write(out, options.preset, configs)
@@ -211,14 +203,9 @@ def collect(name: str, config: Config) -> dict[str, Any] | None:
     """A row of results.json; None if its run is not finished."""
     method = name.partition(",")[0]
     row = {
-        "name": name,
-        "method": method,
-        "setting": setting_of(config),
-        "loss": config.loss,
-        "seed": config.seed,
-        "g_updates": config.steps,
-        "command": command(config),
-    }
+        "name": name, "method": method, "setting": setting_of(config), "loss": config.loss,
+        "seed": config.seed, "g_updates": config.steps, "command": command(config),
+    }  # fmt: skip
     if diverged_at(config):
         return row | {"diverged_at": diverged_at(config)}
     summary = summary_of(config)
@@ -228,38 +215,50 @@ def collect(name: str, config: Config) -> dict[str, Any] | None:
     fractions = quality["class_fractions"]
     names = ("fid", "kid", "precision", "recall", "n_real", "n_fake")
     fid = {name: summary["fid"][-1][name] for name in names} if config.fid else {}
-    kept = ("date", "device", "versions", "commit")
-    return (
-        row
-        | {
-            "images": summary["images"],
-            "n_real": quality["n_real"],
-            "n_fake": quality["n_fake"],
-            "frechet": quality["frechet_fake"],
-            "frechet_real": quality["frechet_real"],
-            # A class is there if it has a tenth of an even share.
-            "coverage": sum(fraction >= 0.1 / len(fractions) for fraction in fractions),
-            "n_classes": len(fractions),
-            "rarest_class": min(fractions),
-            "confidence": quality["confidence_fake"],
-            "seconds": summary["seconds"]["training"],
-        }
-        | {name: summary.get(name) for name in kept}
-        | fid
-    )
+    judged = {
+        "images": summary["images"],
+        "n_real": quality["n_real"],
+        "n_fake": quality["n_fake"],
+        "frechet": quality["frechet_fake"],
+        "frechet_real": quality["frechet_real"],
+        # A class is there if it has a tenth of an even share.
+        "coverage": sum(fraction >= 0.1 / len(fractions) for fraction in fractions),
+        "n_classes": len(fractions),
+        "rarest_class": min(fractions),
+        "confidence": quality["confidence_fake"],
+        "seconds": summary["seconds"]["training"],
+    }
+    on = {name: summary.get(name) for name in ("date", "device", "versions", "commit")}
+    return row | judged | on | fid
+
+
+def earlier(out: Path, configs: dict[str, Config]) -> dict[str, Any]:
+    """What results.json holds of runs by the same commands, whose folders may be gone."""
+    path = out / "results.json"
+    found = read_json(path) if path.exists() else {}
+    commands = {name: command(config) for name, config in configs.items()}
+    rows = [row for row in found.get("rows", []) if commands.get(row["name"]) == row["command"]]
+    of_rows = {row["method"] for row in rows if (row["setting"], row["seed"]) == SHOWN}
+    parts = {
+        part: {method: of for method, of in found.get(part, {}).items() if method in of_rows}
+        for part in ("spectra", "sigma_bar")
+    }
+    return {"rows": rows} | parts | {key: found[key] for key in ("times",) if key in found}
 
 
 def write(out: Path, preset: str, configs: dict[str, Config]) -> dict[str, Any]:
     """results.json and table.md from the runs' folders; returns what the former holds."""
-    collected = {name: collect(name, config) for name, config in configs.items()}
+    before = earlier(out, configs)
+    kept = {row["name"]: row for row in before["rows"]}
+    collected = {n: collect(n, config) or kept.get(n) for n, config in configs.items()}
     rows = [row for row in collected.values() if row]
     results = {
         "preset": preset,
         "date": datetime.date.today().isoformat(),
         "rows": rows,
         "not_run": [name for name, row in collected.items() if row is None],
-        "spectra": {},
-        "sigma_bar": {},
+        "spectra": before["spectra"],
+        "sigma_bar": before["sigma_bar"],
     }
     for name, config in configs.items():
         method = name.partition(",")[0]
@@ -272,12 +271,14 @@ def write(out: Path, preset: str, configs: dict[str, Config]) -> dict[str, Any]:
             ]
     if (out / "times.json").exists():
         results["times"] = read_json(out / "times.json")
+    elif "times" in before:
+        results["times"] = before["times"]
     elif rows and not results["not_run"]:
         results["times"] = times(configs)
-        write_text(out / "times.json", json.dumps(results["times"], indent=1))
+        write_json(out / "times.json", results["times"], indent=1)
     out.mkdir(parents=True, exist_ok=True)
-    write_text(out / "results.json", json.dumps(results, indent=1, allow_nan=False))
-    write_text(out / "table.md", table(results))
+    write_json(out / "results.json", results, indent=1, allow_nan=False)
+    cli.write_text(out / "table.md", table(results))
     return results
 
 
@@ -331,16 +332,13 @@ def table(results: dict[str, Any]) -> str:
     key = "fid" if measured and "fid" in measured[0] else "frechet"
     name = "FID" if key == "fid" else "Fréchet distance"
     settings = sorted({row["setting"] for row in rows})
-    lines = [
-        f"| {name} | {' | '.join(f'setting {setting}' for setting in settings)} | the paper |",
-        f"| --- |{' ---: |' * len(settings)} ---: |",
-    ]
-    for method in dict.fromkeys(row["method"] for row in rows):
-        cells = [
-            cell([r for r in rows if (r["method"], r["setting"]) == (method, setting)], key)
-            for setting in settings
-        ]
-        lines.append(f"| {' | '.join([method, *cells, str(PAPER.get(method, ''))])} |")
+    head = [name, *(f"setting {setting}" for setting in settings), "the paper"]
+    cells = [
+        [method, *(cell([r for r in rows if (r["method"], r["setting"]) == (method, setting)], key)
+                   for setting in settings), PAPER.get(method, "")]
+        for method in dict.fromkeys(row["method"] for row in rows)
+    ]  # fmt: skip
+    lines = cli.markdown([head, *cells], right=range(1, len(head)))
     columns = {name: lambda row: f"{row[key]:.1f}"}
     if key == "fid":
         columns |= {
@@ -354,15 +352,12 @@ def table(results: dict[str, Any]) -> str:
         "confidence": lambda row: f"{row['confidence']:.3f}",
         "seconds": lambda row: f"{row['seconds']:.0f}",
     }
-    lines += [
-        "",
-        f"| method | setting | seed | loss | {' | '.join(columns)} | |",
-        f"| --- | --- | --- | --- |{' ---: |' * len(columns)} --- |",
-    ]
-    for row in rows:
-        cells = [row["method"], row["setting"], row["seed"], row["loss"]]
-        cells += ["" if "diverged_at" in row else of(row) for of in columns.values()]
-        lines.append(f"| {' | '.join(map(str, [*cells, verdict(row)]))} |")
+    own = ("method", "setting", "seed", "loss")
+    cells = [[*own, *columns, ""]]
+    cells += [[*(row[name] for name in own),
+               *("" if "diverged_at" in row else of(row) for of in columns.values()), verdict(row)]
+              for row in rows]  # fmt: skip
+    lines += ["", *cli.markdown(cells, right=range(len(own), len(own) + len(columns)))]
     notes = []
     if measured:
         row = measured[0]

@@ -11,7 +11,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Literal, NamedTuple
 
-import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -308,16 +307,12 @@ class State(NamedTuple):
     d_method: Any  # of the discriminator's normalization: u, v and sigma of every layer for SN
 
 
-@chex.dataclass(frozen=True)
-class Hyper:
+class Hyper(NamedTuple):
     """Numbers that are traced: runs that differ only in them share their compiled functions."""
 
-    learning_rate: Array
+    adam: Setting
     decay: Array  # of the learning rate, as a fraction of it per step
     epoch_factor: Array  # of the learning rate, after every EPOCH steps
-    b1: Array
-    b2: Array
-    n_dis: Array
     strength: Array
     ema: Array
 
@@ -357,12 +352,9 @@ def make_training(
     program = compiled(config.program(), image_shape, n_classes)
     adam, strength = config.adam(), config.strength or METHODS[config.normalization].strength
     hyper = Hyper(
-        learning_rate=adam.learning_rate,
+        adam=adam,
         decay=1 / config.steps if config.schedule == "linear" else 0.0,
         epoch_factor=0.99 if config.schedule == "epochs" else 1.0,
-        b1=adam.b1,
-        b2=adam.b2,
-        n_dis=adam.n_dis,
         strength=strength or 0.0,
         ema=config.ema or 0.0,
     )
@@ -424,9 +416,10 @@ def compiled(program: Config, image_shape: tuple[int, int, int], n_classes: int)
         return discriminator.apply({"params": weights}, images, labels)
 
     def updated(hyper, step, grads, opt_state, params):
-        rate = hyper.learning_rate * (1 - hyper.decay * step)
+        rate = hyper.adam.learning_rate * (1 - hyper.decay * step)
         rate *= hyper.epoch_factor ** (step // EPOCH)
-        updates, opt_state = optax.scale_by_adam(hyper.b1, hyper.b2).update(grads, opt_state)
+        adam = optax.scale_by_adam(hyper.adam.b1, hyper.adam.b2)
+        updates, opt_state = adam.update(grads, opt_state)
         return optax.tree.add_scale(params, -rate, updates), opt_state
 
     adam_init = optax.scale_by_adam().init  # the same for all b1 and b2
@@ -487,10 +480,8 @@ def compiled(program: Config, image_shape: tuple[int, int, int], n_classes: int)
         def objective(params):
             critic = partial(scores, method.apply(params, d_method))
             if program.iterate == "forward":
-                both = (
-                    scores(method.apply(params, for_real), real, labels),
-                    critic(fake, fake_labels),
-                )
+                of_real = scores(method.apply(params, for_real), real, labels)
+                both = of_real, critic(fake, fake_labels)
             else:
                 # One pass, in which each half is a batch of its own: it may be normalized over.
                 both = jax.vmap(critic)(jnp.stack([real, fake]), jnp.stack([labels, fake_labels]))
@@ -536,13 +527,11 @@ def compiled(program: Config, image_shape: tuple[int, int, int], n_classes: int)
     def steps(hyper, state, data, n):
         def one(_, carry):
             state, _ = carry
+            last = hyper.adam.n_dis - 1
             state = lax.fori_loop(
-                0,
-                hyper.n_dis - 1,
-                lambda i, state: discriminator_step(hyper, state, data, i)[0],
-                state,
+                0, last, lambda i, state: discriminator_step(hyper, state, data, i)[0], state
             )
-            return last_step(hyper, state, data, hyper.n_dis - 1)
+            return last_step(hyper, state, data, last)
 
         losses = {"loss_d": jnp.zeros(()), "loss_g": jnp.zeros(())}
         return lax.fori_loop(0, n, one, (state, losses))

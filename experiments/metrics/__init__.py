@@ -10,12 +10,6 @@ from experiments.metrics.distances import (
 from experiments.metrics.extract import PROTOCOLS, evaluate, features
 
 __all__ = [
-    "PROTOCOLS",
-    "KernelDistance",
-    "PrecisionRecall",
-    "evaluate",
-    "features",
-    "frechet_distance",
-    "kernel_distance",
-    "precision_recall",
-]
+    "PROTOCOLS", "KernelDistance", "PrecisionRecall", "evaluate", "features", "frechet_distance",
+    "kernel_distance", "precision_recall",
+]  # fmt: skip

@@ -2,7 +2,6 @@
 
 import dataclasses
 import io
-import json
 import shlex
 import sys
 import time
@@ -12,14 +11,8 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
-from experiments.cli import (
-    UserError,
-    aligned,
-    check_writable,
-    command,
-    provenance,
-    write_text,
-)
+from experiments import cli
+from experiments.cli import UserError
 from experiments.data import Dataset, Split, load, read_folder
 from experiments.metrics.extract import PROTOCOLS, evaluate
 
@@ -66,14 +59,14 @@ def main(args: list[str] | None = None) -> int:
 
     def measured(config: Config) -> None:
         if config.out:
-            check_writable(config.out)
+            cli.check_writable(config.out)
         result = run(config) | {"command": again}
         if config.out:
-            write_text(config.out, json.dumps(result, indent=2, allow_nan=False))
+            cli.write_json(config.out, result, indent=2, allow_nan=False)
         print(report(result))
 
     kept = f"what was done is kept; continue with: {again}"
-    return command(Config, prog, args, measured, interrupted=kept)
+    return cli.command(Config, prog, args, measured, interrupted=kept)
 
 
 def run(config: Config) -> dict[str, Any]:
@@ -86,23 +79,15 @@ def run(config: Config) -> dict[str, Any]:
             raise UserError(f"{n} images are wanted of {option}, which has {len(images)}.")
     start = time.perf_counter()
     numbers = evaluate(
-        real,
-        fake,
-        n_real=n_real,
-        n_fake=n_fake,
-        keep_fake=True,
-        data_dir=config.data_dir,
+        real, fake, n_real=n_real, n_fake=n_fake, keep_fake=True, data_dir=config.data_dir,
         progress=config.progress,
-    )
-    return (
-        numbers
-        | {
-            "real": _source(config.real, config.split, real),
-            "fake": _source(config.fake, config.fake_split, fake),
-            "seconds": time.perf_counter() - start,
-        }
-        | provenance()
-    )
+    )  # fmt: skip
+    sources = {
+        "real": _source(config.real, config.split, real),
+        "fake": _source(config.fake, config.fake_split, fake),
+        "seconds": time.perf_counter() - start,
+    }
+    return numbers | sources | cli.provenance()
 
 
 def read_images(name: str, split: str, data_dir: Path | None) -> np.ndarray:
@@ -147,10 +132,9 @@ def report(result: dict[str, Any]) -> str:
         ["n_real", result["n_real"], f"of {result['real']}"],
         ["n_fake", result["n_fake"], f"of {result['fake']}"],
     ]
-    numbers = aligned([row[:2] for row in rows]).splitlines()
-    lines = [f"{line}   {row[2]}".rstrip() for line, row in zip(numbers, rows, strict=True)]
+    table = cli.aligned([row[:2] for row in rows], [row[2] for row in rows])
     kind, cores = result["device"]["kind"], result["device"]["cpu_cores"]
-    return "\n".join([*lines, f"{result['seconds']:.0f} s on {kind}, {cores} CPU cores"])
+    return f"{table}\n{result['seconds']:.0f} s on {kind}, {cores} CPU cores"
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from experiments.cli import UserError, write_bytes
+from experiments.cli import UserError, usable, write_bytes
 from experiments.data import default_data_dir
 from experiments.data.fetch import put_aside
 from experiments.metrics.distances import frechet_distance, kernel_distance, precision_recall
@@ -44,8 +44,7 @@ def features(
       n: how many; None: all of them, and the order does not matter.
       keep: False neither reads nor writes kept features.
       data_dir: where weights and features are kept; None: the user's cache.
-      progress: show a progress bar.
-      label: what it says.
+      label: what the progress bar says.
 
     Returns:
       float32, (n, 2048).
@@ -101,7 +100,6 @@ def evaluate(
       n_fake: how many generated ones; None: all of them.
       keep_fake: whether to keep the features of the generated images too.
       data_dir: where weights and features are kept; None: the user's cache.
-      progress: show progress bars.
 
     Returns:
       ``fid``, ``kid`` (mean over subsets), ``kid_std``, ``kid_subset_size``, ``precision``,
@@ -174,14 +172,9 @@ def _path(folder: Path, start: int, length: int) -> Path:
 def _keep(folder: Path, start: int, chunk: np.ndarray) -> None:
     file = io.BytesIO()
     np.savez(file, features=chunk)  # the zip file has a checksum, which a plain .npy has not
-    try:
+    with usable(folder, "--data-dir"):
         folder.mkdir(parents=True, exist_ok=True)
         write_bytes(_path(folder, start, len(chunk)), file.getvalue())
-    except OSError as error:
-        raise UserError(
-            f"{folder} cannot be used ({error.strerror}): give a folder that can be written by "
-            "--data-dir."
-        ) from error
 
 
 def _kept(folder: Path, start: int, length: int) -> np.ndarray | None:

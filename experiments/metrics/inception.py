@@ -56,58 +56,52 @@ class Tower(nn.Module):
         return x
 
 
-class BlockA(nn.Module):
-    pooled: int
+class Block(nn.Module):
+    """Branches side by side, their channels one after the other."""
+
+    branches: Callable[[], list[Callable[[Array], Array]]]
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        branches = [
-            Layer(64, name="conv"),
-            Tower(((48,), (64, (5, 5))), name="tower"),
-            Tower(((64,), (96, (3, 3)), (96, (3, 3))), name="tower_1"),
-            Tower(((self.pooled,),), _average, name="tower_2"),
-        ]
-        return jnp.concatenate([branch(x) for branch in branches], -1)
+        return jnp.concatenate([branch(x) for branch in self.branches()], -1)
 
 
-class BlockB(nn.Module):
-    @nn.compact
-    def __call__(self, x: Array) -> Array:
-        branches = [
-            Layer(384, (3, 3), 2, name="conv"),
-            Tower(((64,), (96, (3, 3)), (96, (3, 3), 2)), name="tower"),
-            _halve,
-        ]
-        return jnp.concatenate([branch(x) for branch in branches], -1)
+def _squares(pooled: int) -> list:
+    return [
+        Layer(64, name="conv"),
+        Tower(((48,), (64, (5, 5))), name="tower"),
+        Tower(((64,), (96, (3, 3)), (96, (3, 3))), name="tower_1"),
+        Tower(((pooled,),), _average, name="tower_2"),
+    ]
 
 
-class BlockC(nn.Module):
-    width: int
-
-    @nn.compact
-    def __call__(self, x: Array) -> Array:
-        w, row, column = self.width, (1, 7), (7, 1)
-        branches = [
-            Layer(192, name="conv"),
-            Tower(((w,), (w, row), (192, column)), name="tower"),
-            Tower(((w,), (w, column), (w, row), (w, column), (192, row)), name="tower_1"),
-            Tower(((192,),), _average, name="tower_2"),
-        ]
-        return jnp.concatenate([branch(x) for branch in branches], -1)
+def _squares_halving() -> list:
+    return [
+        Layer(384, (3, 3), 2, name="conv"),
+        Tower(((64,), (96, (3, 3)), (96, (3, 3), 2)), name="tower"),
+        _halve,
+    ]
 
 
-class BlockD(nn.Module):
-    @nn.compact
-    def __call__(self, x: Array) -> Array:
-        branches = [
-            Tower(((192,), (320, (3, 3), 2)), name="tower"),
-            Tower(((192,), (192, (1, 7)), (192, (7, 1)), (192, (3, 3), 2)), name="tower_1"),
-            _halve,
-        ]
-        return jnp.concatenate([branch(x) for branch in branches], -1)
+def _lines(w: int) -> list:
+    row, column = (1, 7), (7, 1)
+    return [
+        Layer(192, name="conv"),
+        Tower(((w,), (w, row), (192, column)), name="tower"),
+        Tower(((w,), (w, column), (w, row), (w, column), (192, row)), name="tower_1"),
+        Tower(((192,),), _average, name="tower_2"),
+    ]
 
 
-class BlockE(nn.Module):
+def _lines_halving() -> list:
+    return [
+        Tower(((192,), (320, (3, 3), 2)), name="tower"),
+        Tower(((192,), (192, (1, 7)), (192, (7, 1)), (192, (3, 3), 2)), name="tower_1"),
+        _halve,
+    ]
+
+
+class LastBlock(nn.Module):
     pool: Callable[[Array], Array]
 
     @nn.compact
@@ -138,17 +132,14 @@ class Inception(nn.Module):
         x = Layer(80, name="conv_3")(x)
         x = Layer(192, (3, 3), padding="VALID", name="conv_4")(x)
         x = _halve(x)
-        x = BlockA(32, name="mixed")(x)
-        x = BlockA(64, name="mixed_1")(x)
-        x = BlockA(64, name="mixed_2")(x)
-        x = BlockB(name="mixed_3")(x)
-        x = BlockC(128, name="mixed_4")(x)
-        x = BlockC(160, name="mixed_5")(x)
-        x = BlockC(160, name="mixed_6")(x)
-        x = BlockC(192, name="mixed_7")(x)
-        x = BlockD(name="mixed_8")(x)
-        x = BlockE(_average, name="mixed_9")(x)
-        x = BlockE(_maximum, name="mixed_10")(x)
+        blocks = [
+            *(partial(_squares, pooled) for pooled in (32, 64, 64)), _squares_halving,
+            *(partial(_lines, w) for w in (128, 160, 160, 192)), _lines_halving,
+        ]  # fmt: skip
+        for i, branches in enumerate(blocks):
+            x = Block(branches, name=f"mixed_{i}" if i else "mixed")(x)
+        x = LastBlock(_average, name="mixed_9")(x)
+        x = LastBlock(_maximum, name="mixed_10")(x)
         return x.mean((1, 2))
 
 
@@ -177,15 +168,8 @@ def enlarge(images: Array, size: int = SIZE) -> Array:
 
 
 def embed(params: dict, images: Array) -> Array:
-    """Features of images as they are stored.
-
-    Args:
-      params: from ``inception_params``.
-      images: uint8, (n, h, w, 1 or 3); grey ones are made colour.
-
-    Returns:
-      float32, (n, 2048).
-    """
+    """Features, float32 (n, 2048), of images as they are stored, uint8 (n, h, w, 1 or 3), of which
+    grey ones are made colour; parameters are those of ``inception_params``."""
     x = jnp.broadcast_to(images, (*images.shape[:3], 3)).astype(jnp.float32)
     x = enlarge((x - 128) / 128)
     return Inception().apply({"params": params}, x)

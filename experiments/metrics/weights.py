@@ -36,10 +36,8 @@ _EPSILON = 1e-3  # of the batch normalization
 
 
 def inception_params(data_dir: Path | None = None) -> dict[str, Any]:
-    """The parameters of ``Inception``, float32, fetched once and verified.
-
-    Args:
-      data_dir: where they are kept; None: the user's cache.
+    """The parameters of ``Inception``, float32, fetched once to ``data_dir`` (None: the user's
+    cache) and verified.
 
     Raises:
       UserError: they are not there and cannot be fetched.

@@ -8,14 +8,15 @@ import sys
 import time
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal, cast, get_args
+from types import ModuleType
+from typing import Annotated, Any, Literal, get_args
 
 import tyro
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
 from experiments.cli import UserError, command, in_folder, provenance, write_text
-from experiments.theory.page import SEEDS, Page, plain
+from experiments.theory.page import SEEDS, plain
 
 Name = Literal[
     "optimal_discriminator", "operator_norm", "power_method", "gradient", "ties", "regularizers",
@@ -72,8 +73,8 @@ def as_text(result: dict[str, Any]) -> str:
     return re.sub(r"\[[^][{}]*\]", lambda match: " ".join(match[0].split()), text)
 
 
-def page(name: str) -> Page:
-    return cast(Page, importlib.import_module(f"experiments.theory.{name}"))
+def page(name: str) -> ModuleType:
+    return importlib.import_module(f"experiments.theory.{name}")
 
 
 def measure(name: str, config: Config) -> dict[str, Any]:

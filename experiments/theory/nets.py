@@ -104,14 +104,12 @@ def train(
     """What ``look`` saw before the updates 0, every, 2 every, ... and after the last one.
 
     Args:
-      key: of everything random in the run.
-      params: to begin with.
+      key, params: of everything random in the run, and to begin with.
       loss: of the weights and a key.
       look: from a moment to a tree of arrays; the results are stacked.
       method: what is done to the weights, by its name here or as in experiments.gan.
       tx: the optimizer.
-      steps: a multiple of ``every``.
-      every: updates between two looks.
+      steps, every: of the run, a multiple of those between two looks.
     """
     chosen = METHODS[NAMES[method]] if isinstance(method, str) else method
     strength = chosen.strength or 0.0
@@ -177,10 +175,8 @@ def discriminators(
 ) -> dict[str, Any]:
     """Trains f free, "none", and K times a network under SN, "K = 2", for every K; over the seeds.
 
-    Args:
-      sizes: of the layers.
-      problem: from a key to an objective of f, and a look at f; f maps (..., inputs) to (...).
-      ks, steps, every: numbers.
+    ``problem`` makes, from a key, an objective of f and a look at f, which maps (..., inputs) to
+    (...). Layers have the given sizes.
     """
 
     def one(key: Array, method: str, k: Any) -> Any:

@@ -1,14 +1,23 @@
-"""What all pages share: a claim, ranges over seeds, plain numbers, the look of the figures."""
+"""What all pages share: a claim, ranges over seeds, plain numbers, the look of the figures.
+
+A page is a module of this folder, from a question to a number, a sentence and a figure:
+
+    QUESTION                                       the seed's
+    measure(fast: bool, track: Track) -> dict      the numbers, nested dicts and lists of arrays;
+                                                   ``fast`` is for the tests
+    answer(numbers) -> str                         one sentence with the number
+    claims(numbers) -> list[Claim]                 what they must say for it to be true
+    draw(numbers, figure) -> None                  the figure, from the numbers alone
+"""
 
 import math
 from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 
 SEEDS = (0, 1, 2)
 
@@ -34,28 +43,6 @@ class Claim(NamedTuple):
     @property
     def holds(self) -> bool:
         return bool(self.low <= self.value <= self.high)
-
-
-class Page(Protocol):
-    """A module of this folder: from a question to a number, a sentence and a figure."""
-
-    QUESTION: str
-
-    def measure(self, fast: bool, track: Track) -> dict[str, Any]:
-        """The numbers, as nested dicts and lists of arrays; ``fast`` is for the tests."""
-        ...
-
-    def answer(self, numbers: dict[str, Any]) -> str:
-        """One sentence with the number."""
-        ...
-
-    def claims(self, numbers: dict[str, Any]) -> list[Claim]:
-        """What the numbers must say for the sentence to be true."""
-        ...
-
-    def draw(self, numbers: dict[str, Any], figure: Figure) -> None:
-        """The figure, from the numbers alone."""
-        ...
 
 
 def over_seeds(run: Callable[[jax.Array], Any]) -> Any:

@@ -12,17 +12,10 @@ from typing import Any, get_args
 import numpy as np
 from matplotlib.figure import Figure
 
-from experiments.cli import (
-    UserError,
-    aligned,
-    check_positive,
-    check_seed,
-    command,
-    in_folder,
-    provenance,
-    write_text,
-)
+from experiments import cli
+from experiments.cli import UserError
 from experiments.mesh import make_mesh
+from experiments.pictures import picture
 from experiments.transformer.train import Method, Sizes, certified, train
 
 NAMES = {"baseline": "unconstrained", "reparam": "sigma-reparam", "projection": "projection"}
@@ -64,10 +57,10 @@ class Config:
 
     def __post_init__(self) -> None:
         whole = ("steps", "width", "depth", "heads", "context", "batch")
-        check_positive(self, whole=whole, real=("learning_rate", "bound"))
+        cli.check_positive(self, whole=whole, real=("learning_rate", "bound"))
         if self.width % self.heads:
             raise ValueError(f"{self.heads} heads do not divide the width, {self.width}.")
-        check_seed(self.seed)
+        cli.check_seed(self.seed)
 
 
 QUICK = {"steps": 20, "width": 32, "depth": 2, "heads": 4, "context": 32, "batch": 8}
@@ -81,7 +74,7 @@ def main(args: list[str] | None = None) -> int:
 
     kept = "what was finished is kept, and not run again."
     prog = "python -m experiments.transformer"
-    return command(Config, prog, args, in_folder(sized), interrupted=kept)
+    return cli.command(Config, prog, args, cli.in_folder(sized), interrupted=kept)
 
 
 def run(config: Config) -> int:
@@ -109,12 +102,11 @@ def run(config: Config) -> int:
                 "norms": certified(trained),
                 "seconds": trained.seconds,
                 "mesh": dict(mesh.shape),
-            } | provenance()
-            write_text(path, json.dumps(results[method]))
-    picture = config.out / "curves.png"
-    save_curves(picture, results, f"{config.steps} steps at {config.learning_rate:g}")
-    print(report(results))
-    print(f"\nresults  {config.out}\npicture  {picture}")
+            } | cli.provenance()
+            cli.write_json(path, results[method])
+    curves = config.out / "curves.png"
+    save_curves(curves, results, f"{config.steps} steps at {config.learning_rate:g}")
+    print(f"{report(results)}\n\nresults  {config.out}\npicture  {curves}")
     return 0
 
 
@@ -141,24 +133,20 @@ def report(results: dict[str, Any]) -> str:
         last = max(1, len(history["loss"]) // 10)
         lower = min(np.min(norm["lower"]) for norm in result["norms"].values())
         upper = max(np.max(norm["upper"]) for norm in result["norms"].values())
-        rows.append(
-            [
-                NAMES[method],
-                f"{np.mean(history['loss'][-last:]):.3f}",
-                f"{np.max(history['largest logit']):.3g}",
-                f"{np.mean(history['maximum entropy'][-last:]):.2f}",
-                f"{np.mean(history['minimum entropy'][-last:]):.2f}",
-                f"{history['largest sigma'][-1]:.3g}",
-                f"{lower:.3g} to {upper:.3g}",
-                f"{result['seconds']:.0f}",
-            ]
-        )
-    return aligned(rows)
+        rows.append([
+            NAMES[method], f"{np.mean(history['loss'][-last:]):.3f}",
+            f"{np.max(history['largest logit']):.3g}",
+            f"{np.mean(history['maximum entropy'][-last:]):.2f}",
+            f"{np.mean(history['minimum entropy'][-last:]):.2f}",
+            f"{history['largest sigma'][-1]:.3g}", f"{lower:.3g} to {upper:.3g}",
+            f"{result['seconds']:.0f}",
+        ])  # fmt: skip
+    return cli.aligned(rows)
 
 
-def save_curves(path: Path, results: dict[str, Any], title: str) -> None:
+@picture(13, 3.4, dpi=120)
+def save_curves(figure: Figure, results: dict[str, Any], title: str) -> None:
     """Loss, logits, entropy and sigma over the steps."""
-    figure = Figure(figsize=(13, 3.4), layout="constrained")
     for axes, name in zip(figure.subplots(1, len(PANELS)), PANELS, strict=True):
         for method, result in results.items():
             axes.plot(result["history"][name], label=NAMES[method], lw=1)
@@ -168,7 +156,6 @@ def save_curves(path: Path, results: dict[str, Any], title: str) -> None:
         axes.grid(alpha=0.3)
     figure.axes[0].legend()
     figure.suptitle(f"A decoder on Python's own sources, {title}")
-    figure.savefig(path, dpi=120)
 
 
 if __name__ == "__main__":

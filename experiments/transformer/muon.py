@@ -6,7 +6,6 @@ see docs/spectra.md.
 """
 
 import dataclasses
-import json
 import sys
 import time
 from functools import partial
@@ -18,25 +17,18 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import serialization
+from flax.traverse_util import flatten_dict
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
 import sn_jax
 import sn_jax.linen
 import sn_jax.transforms
-from experiments.cli import (
-    aligned,
-    check_positive,
-    check_seed,
-    command,
-    in_folder,
-    provenance,
-    write_bytes,
-    write_text,
-)
+from experiments import cli
+from experiments.pictures import picture
 from experiments.transformer.__main__ import QUICK
 from experiments.transformer.model import Decoder
-from experiments.transformer.train import RULES, Sizes, batches, text
+from experiments.transformer.train import RULES, Sizes, batches, next_byte, text
 
 Way = Literal["sphere", "free"]
 NAMES = {"sphere": "Muon on spectral spheres", "free": "Muon alone"}
@@ -67,29 +59,27 @@ class Config:
 
     def __post_init__(self) -> None:
         real = ("learning_rate", "adam_learning_rate", "c")
-        check_positive(self, whole=("steps", "n_steps"), real=real)
-        check_seed(self.seed)
+        cli.check_positive(self, whole=("steps", "n_steps"), real=real)
+        cli.check_seed(self.seed)
 
 
 def main(args: list[str] | None = None) -> int:
     """Returns the exit code: 0; 2 for what the user can put right; 130 after Ctrl-C."""
     prog = "python -m experiments.transformer.muon"
-    return command(Config, prog, args, in_folder(run))
+    return cli.command(Config, prog, args, cli.in_folder(run))
 
 
 def run(config: Config) -> int:
     results: dict[str, Any] = {}
     for way in get_args(Way):
         params, results[way] = train(way, config)
-        write_bytes(config.out / f"{way}.msgpack", serialization.to_bytes(params))
-    options = {key: str(x) if isinstance(x, Path) else x
-               for key, x in dataclasses.asdict(config).items() if key != "out"}  # fmt: skip
-    ways = {"options": options, "ways": results} | provenance()
-    write_text(config.out / "muon.json", json.dumps(ways))
-    picture = config.out / "muon.png"
-    save_curves(picture, results, config)
-    print(report(results))
-    print(f"\nresults  {config.out}\npicture  {picture}")
+        cli.write_bytes(config.out / f"{way}.msgpack", serialization.to_bytes(params))
+    options = {key: x for key, x in dataclasses.asdict(config).items() if key != "out"}
+    found = {"options": options, "ways": results} | cli.provenance()
+    cli.write_json(config.out / "muon.json", found)
+    curves = config.out / "muon.png"
+    save_curves(curves, results, config)
+    print(f"{report(results)}\n\nresults  {config.out}\npicture  {curves}")
     return 0
 
 
@@ -110,10 +100,9 @@ def train(way: Way, config: Config) -> tuple[Any, dict[str, Any]]:
     numbers = sn_jax.transforms.muon_dimension_numbers(params, views)
     bound = sn_jax.rms_bound(config.c)
     optimizer = optax.contrib.muon(
-        config.learning_rate,
-        muon_weight_dimension_numbers=numbers,
+        config.learning_rate, muon_weight_dimension_numbers=numbers,
         adam_learning_rate=config.adam_learning_rate,
-    )
+    )  # fmt: skip
     project = sn_jax.transforms.project_spectral_norm(
         views, k_norms, bound=bound, mode="divide", n_steps=config.n_steps
     )
@@ -129,30 +118,22 @@ def train(way: Way, config: Config) -> tuple[Any, dict[str, Any]]:
 
     @partial(jax.jit, donate_argnums=(0, 1))
     def step(params, opt_state, tokens):
-        def loss(params):
-            logits, _ = model.apply({"params": params}, tokens[:, :-1])
-            losses = optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:])
-            return jnp.mean(losses)
-
-        value, grads = jax.value_and_grad(loss)(params)
+        loss = jax.value_and_grad(lambda params: next_byte(model, params, tokens)[0])
+        value, grads = loss(params)
         updates, opt_state = optimizer.update(grads, opt_state, params)
         return optax.apply_updates(params, updates), opt_state, value
 
     history: dict[str, list[float]] = {"loss": [], "largest sigma / R": [], "least sigma / R": []}
     for i in tqdm(range(steps), NAMES[way], disable=not config.progress):
         params, opt_state, value = step(params, opt_state, batch(i))
-        ratios = [norms / radii[path] for path, norms in true_norms(params, views).items()]
+        weights = flatten_dict(params, sep="/")
+        # By SVD in float64, for each layer of a scanned kernel.
+        ratios = [sn_jax.spectral_norm(weights[path], view) / radii[path]
+                  for path, view in views.items()]  # fmt: skip
         history["loss"].append(float(value))
         history["largest sigma / R"].append(float(max(map(np.max, ratios))))
         history["least sigma / R"].append(float(min(map(np.min, ratios))))
     return params, {"history": history, "seconds": time.perf_counter() - started}
-
-
-def true_norms(params, views) -> dict[str, np.ndarray]:
-    """By SVD in float64, for each layer of a scanned kernel."""
-    flat = {jax.tree_util.keystr(path, simple=True, separator="/"): leaf
-            for path, leaf in jax.tree_util.tree_leaves_with_path(params)}  # fmt: skip
-    return {path: sn_jax.spectral_norm(flat[path], view) for path, view in views.items()}
 
 
 def report(results: dict[str, Any]) -> str:
@@ -166,12 +147,12 @@ def report(results: dict[str, Any]) -> str:
             f"{max(history['largest sigma / R']):.4g}", f"{min(history['least sigma / R']):.4g}",
             f"{result['seconds']:.0f}",
         ])  # fmt: skip
-    return aligned(rows)
+    return cli.aligned(rows)
 
 
-def save_curves(path: Path, results: dict[str, Any], config: Config) -> None:
+@picture(10, 3.4, dpi=120)
+def save_curves(figure: Figure, results: dict[str, Any], config: Config) -> None:
     """Loss, and how far true norms are from the radii, over the steps."""
-    figure = Figure(figsize=(10, 3.4), layout="constrained")
     left, right = figure.subplots(1, 2)
     for (way, result), color in zip(results.items(), ("C0", "C1"), strict=True):
         history = result["history"]
@@ -187,7 +168,6 @@ def save_curves(path: Path, results: dict[str, Any], config: Config) -> None:
     left.legend()
     factor = "" if config.c == 1 else f"{config.c:g} "
     figure.suptitle(f"A decoder on Python's own sources, R = {factor}√(n_out / n_in)")
-    figure.savefig(path, dpi=120)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from flax.traverse_util import flatten_dict
 from jax import Array
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -37,27 +38,17 @@ class Sizes(NamedTuple):
 
 
 class Trained(NamedTuple):
-    """A model after training.
+    """A model after training."""
 
-    Attributes:
-      kernels: path -> kernel as the model runs with it.
-      views: path -> how it acts.
-      history: name -> a value for each step.
-      seconds: of training, compiling included.
-    """
-
-    kernels: dict[str, Array]
-    views: dict[str, sn_jax.View]
-    history: dict[str, list[float]]
-    seconds: float
+    kernels: dict[str, Array]  # by path, as the model runs with them
+    views: dict[str, sn_jax.View]  # by path
+    history: dict[str, list[float]]  # name -> a value for each step
+    seconds: float  # of training, compiling included
 
 
 def text(most: int = 2**21) -> np.ndarray:
-    """Bytes of the standard library's own modules and documentation, in the order of their names.
-
-    Args:
-      most: bytes, at most.
-    """
+    """So many bytes, at most, of the standard library's own modules and documentation, in the
+    order of their names."""
     import os
     import pydoc_data
 
@@ -79,6 +70,14 @@ def batches(tokens: np.ndarray, sizes: Sizes, seed: int) -> Callable[[int], np.n
     return batch
 
 
+def next_byte(model: Decoder, params: Any, tokens: Array) -> tuple[Array, dict[str, Array]]:
+    """Mean cross entropy of each byte of (batch, context + 1) given those before it, and what the
+    model says of its attention."""
+    logits, statistics = model.apply({"params": params}, tokens[:, :-1])
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:])
+    return jnp.mean(losses), statistics
+
+
 def train(
     method: Method,
     sizes: Sizes,
@@ -98,11 +97,8 @@ def train(
         after each update.
       sizes: of model and batch.
       mesh: with axes "fsdp" and "tp"; batches are split over "fsdp".
-      steps: of Adam, with a warm-up over the first tenth.
-      learning_rate: after it.
+      steps, learning_rate: of Adam, with a warm-up over the first tenth.
       bound: of the projection, on the largest singular value.
-      seed: everything random follows from it.
-      progress: show a bar.
 
     Raises:
       UserError: the mesh does not divide the model.
@@ -145,11 +141,7 @@ def train(
             _, state = sn_jax.spectral_normalize(trained["params"], state)
 
             def loss(trained):
-                logits, statistics = model.apply(
-                    {"params": kernels_of(trained, state)}, tokens[:, :-1]
-                )
-                losses = optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:])
-                return jnp.mean(losses), statistics
+                return next_byte(model, kernels_of(trained, state), tokens)
 
             (value, statistics), grads = jax.value_and_grad(loss, has_aux=True)(trained)
             updates, opt_state = optimizer.update(grads, opt_state, trained)
@@ -172,8 +164,7 @@ def train(
             reports.append(report)
         reports = jax.device_get(reports)
         kernels = kernels_of(trained, state)
-    flat = {jax.tree_util.keystr(path, simple=True, separator="/"): leaf
-            for path, leaf in jax.tree_util.tree_leaves_with_path(kernels)}  # fmt: skip
+    flat = flatten_dict(kernels, sep="/")
     return Trained(
         kernels={path: flat[path] for path in views},
         views=views,
