@@ -9,7 +9,7 @@ the border is cut off, unless the first sees nothing there either, as pools and 
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from functools import reduce
 from typing import NamedTuple
 
@@ -55,16 +55,24 @@ class _NoTapsError(Exception):
     """It is not of this form, or too large."""
 
 
-def tap_sums(source: Operation, order: Sequence[Operation]) -> dict[Operation, TapSum | None]:
+def tap_sums(
+    source: Operation,
+    order: Sequence[Operation],
+    ends: Container[Operation] = (),
+    channel: int | None = None,
+) -> dict[Operation, TapSum | None]:
     """What linear operations, in the order of the graph, make of a source; None of those that are
-    no sums of taps. Channels are along the axis by which most are."""
+    no sums of taps, and nothing of what comes after ``ends``. Channels are along the axis that is
+    given, or by which most are."""
     n, best, most = len(source.shape), {}, 0
-    for channel in sorted(range(n), key=lambda i: (i != n - 1, source.shape[i] == 1, i)):
-        known: dict[Operation, TapSum | None] = {source: _identity(source.shape, channel)}
+    axes = sorted(range(n), key=lambda i: (i != n - 1, source.shape[i] == 1, i))
+    for axis in axes if channel is None else [channel]:
+        known: dict[Operation, TapSum | None] = {source: _identity(source.shape, axis)}
         for node in order:
-            if any(a in known for a in node.inputs):
+            open_ = {a: form for a, form in known.items() if a not in ends}
+            if any(a in open_ for a in node.inputs):
                 try:
-                    known[node] = _next(node, known)
+                    known[node] = _next(node, open_)
                 except _NoTapsError:
                     known[node] = None
         found = sum(form is not None for form in known.values())
@@ -157,6 +165,8 @@ def _next(node: Operation, known) -> TapSum:
     op, p = node.op, node.params
     moving = [a for a in node.inputs if a in known]
     if any(known[a] is None for a in moving):
+        if op == "dot_general" and len(moving) == 1 and moving[0].op == "reshape":
+            return _flattened(node, moving[0], known)
         raise _NoTapsError
     forms = [known[a] for a in moving]
     form = forms[0]
@@ -194,7 +204,10 @@ def _next(node: Operation, known) -> TapSum:
                 inside = (at >= 0) & (at % (inner + 1) == 0) & (at // (inner + 1) < a.shape[axis])
                 form = _rows(form, axis, np.where(inside, at // (inner + 1), -1))
         return form
-    if op in ("reshape", "squeeze", "expand_dims", "broadcast_in_dim", "transpose"):
+    if op == "squeeze":
+        gone = {int(i) % len(a.shape) for i in p["dimensions"]}
+        return form._replace(axes=tuple(d for i, d in enumerate(form.axes) if i not in gone))
+    if op in ("reshape", "expand_dims", "broadcast_in_dim", "transpose"):
         return form._replace(axes=_axes(node, a, form))
     if op == "reduce_sum":
         for axis in p["axes"]:
@@ -343,6 +356,8 @@ def _multiplied(node: Operation, form: TapSum) -> TapSum:
     c = np.broadcast_to(c, node.shape)
     if np.all(c == c.flat[0]):
         return _scaled(form, c.flat[0])
+    if -1 not in form.axes:
+        raise _NoTapsError
     axis = form.axes.index(-1)
     first = np.moveaxis(c, axis, -1).reshape(-1, c.shape[axis])
     if np.any(first != first[0]):
@@ -515,6 +530,28 @@ def _mixed(node: Operation, form: TapSum) -> TapSum:
     return form._replace(
         axes=axes, kernel=kernel, absolute=absolute, terms=form.terms + 4 + c.shape[theirs]
     )
+
+
+def _flattened(node: Operation, flat: Operation, known) -> TapSum:
+    """A product of all numbers of an image with one matrix, whose rows are its taps."""
+    (a,) = flat.inputs
+    form, place = known.get(a), next(i for i, b in enumerate(node.args) if isinstance(b, Constant))
+    contract, batch = node.params["dimension_numbers"]
+    c, n = node.args[place].array, len(flat.shape) - 1  # type: ignore
+    same = flat.shape[:-1] == a.shape[:n] and contract[1 - place] == (n,)
+    if form is None or not same or batch[0] or c.ndim != 2 or -1 not in form.axes[n:]:
+        raise _NoTapsError
+    w = (c if contract[place] == (0,) else c.T).reshape(*a.shape[n:], -1)
+    channel = form.axes.index(-1) - n
+    w = np.moveaxis(w, channel, -2)
+    tables = []
+    for axis in range(n, len(a.shape)):
+        if axis != channel + n:
+            form, d = _dimension(form, axis)
+            tables.append((d, np.arange(a.shape[axis])[None]))
+    axes = (*form.axes[:n], -1) if place == 1 else (-1, *form.axes[:n])
+    form = form._replace(axes=axes, terms=form.terms + 4 + c.size)
+    return _composed(form, tables, *_products(w, form))
 
 
 # Tables as views have them.

@@ -39,6 +39,7 @@ from sn_jax._pieces import Operation, apply, is_linear, products, rounding_terms
 from sn_jax._sources import RULES, Row, Rows, Source, Sources
 from sn_jax._symbols import UNIT, gamma
 from sn_jax._tight import tight
+from sn_jax._torus import NoTorusError, Torus
 
 METHODS = ("product", "merged", "joint", "shift", "ellipsoid", "tight")
 # Entries of all matrices that a domain over all sources keeps, and directions of all sources.
@@ -142,6 +143,9 @@ def lipschitz_bound(
     - ellipsoid: one ellipsoid holds all that can move together;
     - tight: the best such ellipsoid that has one number for each entry of elementwise functions,
       by an interior-point method (LipSDP-Neuron of Fazlyab et al. 2019, eq. 7, for any graph).
+
+    Where there are too many directions, method="tight" (not "auto" yet) has the last two with one
+    number for each source and for each channel of a network of convolutions, by frequencies.
 
     It is the constant of the real-arithmetic function of the constants that ``fn`` has. Examples
     in a batch that do not see each other have the constant of one: give a batch of one, which is
@@ -414,6 +418,7 @@ class _Bounds:
         runs: dict[str, tuple[float, list[Op]]] = {}
         blocks: list[Block] = []
         found: Ellipsoid | None = None
+        torus: Torus | None = None
         seconds, failures, started = {}, {}, self.started
         for name in names:
             self.say(name)
@@ -429,12 +434,22 @@ class _Bounds:
                         found = ellipsoid(self.graph.x, blocks, self.say)
                         runs[name] = self.moved(found.upper, found.lengths, runs["shift"][1])
                     elif name == "ellipsoid":
-                        runs[name] = self.by_cuts()
+                        try:
+                            runs[name] = self.by_cuts()
+                        except (_TooLargeError, TooWideError):
+                            if method == "auto":
+                                raise
+                            torus = self.torus()
+                            runs[name] = self.alike(torus.by_sources(), runs)
                     elif found and (method == "tight" or found.directions <= _MOST_TIGHT):
                         ends = tight(self.graph.x, blocks, found, self.steps, self.say)
                         runs[name] = self.moved(*ends, runs["shift"][1])
+                    elif torus:
+                        runs[name] = self.alike(torus.by_channels(), runs)
                 except (_TooLargeError, TooWideError):
                     self.notes.append(f"{name} did not run: too many directions for one matrix.")
+                except NoTorusError as error:
+                    self.notes.append(f"{name} did not run on tori: {error}.")
             if name in runs:
                 seconds[name] = time.process_time() - started
                 failures[name] = self.failures  # of this one's norms, or what it is the least of
@@ -871,12 +886,15 @@ class _Bounds:
 
     def by_cuts(self) -> tuple[float, list[Op]]:
         """(bound, table) of the ellipsoid where all directions together are too many."""
-        steps, ops = [], []
+        steps, ops, kept = [], [], 0
+        for source in self.sources:
+            rows = source.rows
+            kept += 2 * source.node.size * sum(a.size for a in self.reached(rows.rows))
+            if rows.added or kept > _MOST_KEPT or any(row.is_infinite for row in rows.rows):
+                raise _TooLargeError
         for source in self.sources:
             shifted = source.linear is not None and source.rest is not None
             rows = source.rest if shifted and source.rest is not None else source.rows
-            if rows.added or any(row.is_infinite for row in rows.rows):
-                raise _TooLargeError
             linear = self.columns((source.linear,)) if shifted and source.linear else {}
             steps.append(Step(source.node, source.node.size, linear, self.columns(rows.rows)))
             ops.append(Op(source.node.where, source.what, _largest(rows), math.nan))
@@ -889,6 +907,18 @@ class _Bounds:
         if maps is None:
             raise _TooLargeError
         return maps
+
+    def torus(self) -> Torus:
+        """As a network of convolutions."""
+        outputs = list(dict.fromkeys(self.graph.outputs))
+        return Torus(self.graph.x, self.sources, outputs, self.say)
+
+    def alike(self, upper: float, runs) -> tuple[float, list[Op]]:
+        """A bound of the outputs alone, with what else is known of sources."""
+        log = _log(upper)
+        copies = max(self.graph.outputs.count(a) for a in self.graph.outputs)
+        log = _times(log, _log(copies) / 2) if copies > 1 else log
+        return log, [*runs["joint"][1], Op("", "output", math.nan, log)]
 
     def moved(self, upper: float, lengths, ops: list[Op]) -> tuple[float, list[Op]]:
         table = [op._replace(log_bound=_log(length))

@@ -61,6 +61,7 @@ class Source(NamedTuple):
       rest: of what is left, likewise.
       key: the operation that the rest belongs to; others share it up to its ``sign``.
       reason: why a constant is infinite.
+      slopes: the least and the largest in the one operation of ``linear``; None of several.
       groups: of each entry, the group that it is in: the rest of a group moves by at most what the
         same entries of the rows do; None where only all together do.
     """
@@ -74,7 +75,13 @@ class Source(NamedTuple):
     key: Operation | None = None
     sign: float = 1.0
     reason: str = ""
+    slopes: tuple[Any, Any] | None = None
     groups: np.ndarray | None = None
+
+    @property
+    def entrywise(self) -> bool:
+        """Whether every entry is a group of its own."""
+        return self.groups is not None and np.array_equal(self.groups, _each(self.node))
 
 
 # Rules of other primitives: (shapes and constants of its arguments, parameters) -> constant.
@@ -217,8 +224,10 @@ class Sources:
             linear, rest = Row(((root, middle),)), Rows((Row(((root, radius),)),))
         what += f" [{low:.6g}, {high:.6g}]"
         rows = Rows((Row(((root, steepest),)),))
-        self.sources[node] = Source(node, what, steep, rows, linear, rest, node, 1.0, reason,
-                                    _each(node))  # fmt: skip
+        self.sources[node] = Source(
+            node, what, steep, rows, linear, rest, node, 1.0, reason,
+            (lows, highs) if finite else None, _each(node),
+        )  # fmt: skip
 
     def _joint(self, node: Operation) -> tuple[Source, Interval]:
         if node.op in RULES:
@@ -257,6 +266,7 @@ class Sources:
             rest = Rows((Row(((a, np.nextafter(lipschitz / 2, math.inf)),)),))
         if values is None:
             values = self.ranges[a]
+        slopes = None if linear is None else (0.0, lipschitz)
         rows = Rows((Row(((a, lipschitz),)),))
         if node.op in _RISING:
             self._monotone(node, a)
@@ -264,7 +274,8 @@ class Sources:
             linear, rest = found
         groups = node.params["groups"].array if node.op in ("softmax", "normalize") else None
         groups = None if groups is None else np.unique(groups, return_inverse=True)[1].ravel()
-        return Source(node, what, lipschitz, rows, linear, rest, node, 1.0, reason, groups), values
+        return Source(node, what, lipschitz, rows, linear, rest, node, 1.0, reason,
+                      slopes, groups), values  # fmt: skip
 
     # Where x stays in a ball: linear in the middle of it, and a rest that vanishes with it.
 
@@ -461,7 +472,7 @@ class Sources:
             )
         return Source(
             node, f"{node.op} of two", steep, rows, linear, rest, node, 1.0, reason,
-            None if rest is None else _each(node),
+            groups=None if rest is None else _each(node),
         ), values  # fmt: skip
 
     def _registered(self, node: Operation) -> Source:

@@ -102,6 +102,7 @@ ONE = {
     "mean of all pixels": lambda x: nn.Dense(5)(bn(conv(4, (3, 3))(x)).mean((1, 2))),
     "cropped": lambda x: conv(4, (3, 3))(x)[:, 1:5, 1:-1],
     "channels chosen": lambda x: conv(4, (3, 3))(x[..., ::-1])[..., 1:3],
+    "all numbers of an image": lambda x: nn.Dense(4)(conv(4, (3, 3))(x).reshape(1, -1)),
     "differences": lambda x: x[:, 1:] - x[:, :-1],
     "channels first": lambda x: (
         lax.conv_general_dilated(
@@ -124,7 +125,6 @@ NONE = {
     "a factor for each pixel": lambda x: (
         conv(4, (3, 3))(x) * np.arange(1, 7, dtype=x.dtype)[None, :, None, None]
     ),
-    "all numbers of an image": lambda x: nn.Dense(4)(conv(4, (3, 3))(x).reshape(1, -1)),
 }
 
 

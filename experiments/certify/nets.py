@@ -20,6 +20,7 @@ from tqdm import tqdm
 import sn_jax
 from experiments.cli import markdown, resumed
 from experiments.gan.networks import ARCHITECTURES
+from sn_jax import linen as sn_linen
 
 ROWS = "nets.jsonl"
 METHODS = ("product", "merged", "joint", "shift", "ellipsoid", "tight")
@@ -106,10 +107,11 @@ class Mixer(nn.Module):
 
 
 class Net(NamedTuple):
-    """A module and the shape of its input."""
+    """A module and the shape of its input; whether its maps are divided by their norms."""
 
     module: nn.Module
     shape: tuple[int, ...]
+    normalized: bool = False
 
 
 NETS = {
@@ -126,10 +128,11 @@ NETS = {
 }
 # Whose merged maps are too large for matrices.
 LARGE = {
-    f"SN-GAN's {name}, not normalized, 32x32, width 16": Net(
-        ARCHITECTURES[name.lower()].discriminator(width=16), (1, 32, 32, 3)
+    f"SN-GAN's {name}, {how}, 32x32, width 16": Net(
+        ARCHITECTURES[name.lower()].discriminator(width=16), (1, 32, 32, 3), normalized
     )
     for name in ("CNN", "ResNet")
+    for how, normalized in (("not normalized", False), ("operator SN", True))
 }
 
 
@@ -182,6 +185,7 @@ def kept(
 
 def _measured(net: Net, seed: int) -> dict[str, float | None]:
     init_key, stats_key, attack_key = jax.random.split(jax.random.key(seed), 3)
+    sn_key = jax.random.fold_in(init_key, 1)
     x = jnp.zeros(net.shape)
     variables = net.module.init(init_key, x)
     # Running statistics as training could leave them, for the zeros and ones of a new network.
@@ -190,6 +194,13 @@ def _measured(net: Net, seed: int) -> dict[str, float | None]:
         new = jax.random.uniform(key, old.shape, minval=0.1, maxval=1.1)
         flat[path] = new if path[-1] == "var" else jax.random.normal(key, old.shape)
     variables = {**variables, "batch_stats": unflatten_dict(flat)}
+    if net.normalized:
+        views = sn_linen.views(net.module, variables, x, conv="operator")
+        state = sn_jax.calibrate(
+            variables["params"], sn_jax.init(variables["params"], sn_key, views)
+        )
+        params, _ = sn_jax.spectral_normalize(variables["params"], state, n_steps=0)
+        variables = {**variables, "params": params}
 
     def fn(x):
         return net.module.apply(variables, x)
