@@ -18,7 +18,7 @@ import numpy as np
 from jax.extend.core import ClosedJaxpr, Literal
 
 from sn_jax import _patterns
-from sn_jax._pieces import ELEMENTWISE, Constant, Operation
+from sn_jax._pieces import ELEMENTWISE, Constant, Operation, is_indexing, permuted
 from sn_jax._trace import evaluate, inner_program
 
 Value = Operation | Constant
@@ -163,10 +163,29 @@ class Builder:
                 return simple
             if (op == "mul" and args[0] is args[1]) or (op == "integer_pow" and params["y"] == 2):
                 op, args, params, primitive = "square", args[:1], {}, jax.lax.square_p
+        if is_indexing(op) and len(args) == 1 and _is_predicate(args[0]):
+            return self._of_indexed(
+                self.operation(op, args, params, shape, dtype, where, primitive)
+            )
         found = _patterns.recognized(self, op, args, params, shape)
         if found is not None:
             return found
         return self.operation(op, args, params, shape, dtype, where, primitive, out)
+
+    def _of_indexed(self, node: Operation) -> Value:
+        """The indexing of a predicate as the predicate of what is indexed, so that a select is seen
+        as one function with it."""
+        (inner,) = node.inputs
+        args = []
+        for a in inner.args:
+            if isinstance(a, Operation):
+                a = self.emit(node.op, [a], node.params, node.shape, a.dtype, node.where,
+                              node.primitive)  # fmt: skip
+            elif a.uniform() is None:
+                a = self.constant(permuted(node, np.broadcast_to(a.array, inner.shape)))
+            args.append(a)
+        return self.emit(inner.op, args, inner.params, node.shape, inner.dtype, inner.where,
+                         inner.primitive, inner.out)  # fmt: skip
 
     def note_rounding(self, what: str, where: str) -> None:
         self.notes.append(f"{where}: rounding to {what} is taken for the identity")
@@ -463,6 +482,10 @@ def _key(params) -> Any:
 def _literal(var) -> Any:
     value = np.asarray(var.val)
     return value.astype(var.aval.dtype) if value.dtype != var.aval.dtype else value
+
+
+def _is_predicate(a: Value) -> bool:
+    return isinstance(a, Operation) and a.op in ELEMENTWISE and a.dtype == bool
 
 
 def _dtype_of(a: Value) -> Any:

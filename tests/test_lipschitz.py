@@ -209,6 +209,20 @@ def test_2_jumps_raise():
     assert upper(lambda x: jnp.where(x > 1, 2 * x - 1, x)) == pytest.approx(2, rel=1e-6)
 
 
+def test_2_predicates_that_are_moved_before_the_select():
+    """As the transposes of einsum and vmap leave them."""
+
+    def fn(x):
+        y = jnp.sin(x.reshape(2, 2))
+        scales = jnp.array([[0.5, 2.0], [1.0, -1.0]])
+        positive = (y >= 0).T & (y > -2 * scales).T
+        return jnp.where(positive, y.T, y.T * scales.T).ravel()
+
+    assert upper(fn) == pytest.approx(2)
+    with pytest.raises(ValueError, match="jumps"):
+        upper(lambda x: jnp.where((x.reshape(2, 2) > 0).T, 1.0, x.reshape(2, 2).T))
+
+
 def test_3_kinks_at_zero():
     assert upper(lambda x: relu(relu(x) - 0.0)) == pytest.approx(1, rel=1e-6)
 
