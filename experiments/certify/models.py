@@ -59,6 +59,7 @@ class Model(NamedTuple):
     # Of a ball around a normal x, over the length of x, where the constant is asked for; None:
     # in all of space.
     radius: float | None = None
+    method: str = "auto"
 
 
 def _linen(module: nn.Module, shape: tuple[int, ...], *args: Any, first: bool = False, **options):
@@ -80,7 +81,8 @@ def _critic(key: Array) -> Callable[[Array], Array]:
 
 
 def _gan(name: str, size: int, channels: int, width: int) -> Model:
-    return _linen(ARCHITECTURES[name].discriminator(width=width), (1, size, size, channels))
+    module = ARCHITECTURES[name].discriminator(width=width)
+    return _linen(module, (1, size, size, channels), method="tight")
 
 
 MODELS = {
@@ -123,7 +125,7 @@ def _measured(model: Model, seed: int) -> dict[str, Any]:
     fn, x = model.make(init_key), jax.random.normal(x_key, model.shape)
     ball = None if model.radius is None else model.radius * float(jnp.linalg.norm(x))
     started = time.process_time()
-    bound = sn_jax.lipschitz_bound(fn, x, radius=ball, progress=False)
+    bound = sn_jax.lipschitz_bound(fn, x, method=model.method, radius=ball, progress=False)
     seconds = time.process_time() - started
     return {
         "lower": stretched(fn, np.asarray(x), np.random.default_rng(seed), ball),
