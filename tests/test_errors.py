@@ -467,6 +467,12 @@ TABLE = {
         lambda: sn_jax.local_lipschitz(jnp.sin, jnp.arange(3)),
         ["floating", "int32"],
     ),
+    "an attack on what has no backward pass": (
+        lambda: sn_jax.local_lipschitz(
+            lambda x: jax.lax.while_loop(lambda y: y[0] > 1, jnp.sin, x), ones(3)
+        ),
+        ["no backward pass", "while_loop"],
+    ),
     "an attack on a class": (
         lambda: sn_jax.local_lipschitz(lambda x: jnp.argmax(x), ones(3)),
         ["fn", "floating", "int32"],

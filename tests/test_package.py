@@ -92,6 +92,7 @@ ROOMS_TESTED_ALONE = {
     "test_convolutions.py": {"_graph", "_lipschitz"},
     "test_lipschitz.py": {"_graph", "_lipschitz", "_matrix_free"},
     "test_slopes.py": {"_functions", "_jets", "_scalar", "_slopes"},
+    "test_torus.py": {"_fronts", "_graph", "_lipschitz", "_torus"},
 }
 
 

@@ -154,8 +154,8 @@ def report(results: dict[str, Any]) -> str:
     for row in results["violations"][:20]:
         lines.append(f"violation: {row}")
     head = f"{'kernel':56}{'1 - norm':>10}{'certified':>12}{'divide':>9}{'layer':>9}"
-    lines.append(f"\nCPU milliseconds\n{head}" if results["costs"] else "")
-    for row in results["costs"]:
+    lines.append(f"\nCPU milliseconds\n{head}" if results.get("costs") else "")
+    for row in results.get("costs", []):
         name = f"{'x'.join(map(str, row['shape']))}, {row['view'].removeprefix('Matrix')[:40]}"
         times = f"{row['certified']:12.1f}{row['divide']:9.2f}{row['layer']:9.1f}"
         lines.append(f"{name:56}{row['1 - norm']:10.1e}{times}")
