@@ -447,7 +447,10 @@ class _Bounds:
                     elif torus:
                         runs[name] = self.alike(torus.by_channels(), runs)
                 except (_TooLargeError, TooWideError):
-                    self.notes.append(f"{name} did not run: too many directions for one matrix.")
+                    hint = ' Of images method="tight" may bound it on tori.' * (method == "auto")
+                    self.notes.append(
+                        f"{name} did not run: too many directions for one matrix.{hint}"
+                    )
                 except NoTorusError as error:
                     self.notes.append(f"{name} did not run on tori: {error}.")
             if name in runs:

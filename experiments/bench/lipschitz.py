@@ -25,7 +25,7 @@ class Case(NamedTuple):
 CASES = {
     "MLP-Mixer, 2 blocks": Case(Mixer(), (1, 8, 8), aim=10),
     "SN-GAN's CNN, 8x8, width 16": Case(
-        *NETS["SN-GAN's CNN, not normalized, 8x8, width 16"], aim=10
+        *NETS["SN-GAN's CNN, not normalized, 8x8, width 16"][:2], aim=10
     ),
     "ResNet-18, 32x32": Case(ResNet18(), (1, 32, 32, 3), "merged"),
 }
