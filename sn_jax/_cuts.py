@@ -47,19 +47,24 @@ class TooWideError(Exception):
     """More crosses a cut, or the band is wider, than one matrix shall hold."""
 
 
-def by_cuts(x: Any, steps: Sequence[Step], say: Callable[[str], None]) -> tuple[float, list[float]]:
+def by_cuts(
+    x: Any, steps: Sequence[Step], say: Callable[[str], None], most: float = math.inf
+) -> tuple[float, list[float]]:
     """(a certified bound of the last step, how far each step's values move at most).
 
     Args:
       x: the first source; every length is relative to its own.
       steps: in order, the outputs last.
       say: told what is done.
+      most: floating-point operations of one recursion.
 
     Raises:
-      TooWideError: a matrix would be too large.
+      TooWideError: a matrix would be too large, or a recursion too long.
     """
     plan = _plan(x, steps)
     cost = sum(8 * len(p) * p.shape[1] ** 2 + 10 * len(p) ** 3 for _, p, _ in plan)
+    if cost > most:
+        raise TooWideError
     squared, es, scales, lengths = best_of(partial(_recursion, plan), len(steps) - 1, cost, say)
     say("the certificate")
     return _certified(squared, es, scales, x, steps), lengths

@@ -48,6 +48,8 @@ _MOST_KEPT, _MOST_DIRECTIONS = 2**26, 3000
 _LARGE = 2**20
 # Directions up to which "auto" is tight: half a second there, and it grows with the cube.
 _MOST_TIGHT = 300
+# Operations of a recursion over cuts up to which it makes one: some ten seconds.
+_MOST_CUTS = 3e11
 
 
 class Op(NamedTuple):
@@ -435,7 +437,7 @@ class _Bounds:
                         runs[name] = self.moved(found.upper, found.lengths, runs["shift"][1])
                     elif name == "ellipsoid":
                         try:
-                            runs[name] = self.by_cuts()
+                            runs[name] = self.by_cuts(_MOST_CUTS if method == "auto" else math.inf)
                         except (_TooLargeError, TooWideError):
                             if method == "auto":
                                 raise
@@ -887,7 +889,7 @@ class _Bounds:
         of_rows = np.tile(np.where(active, of_entries, -1), len(groups))
         return total, Block(key, columns, n, of_rows, of_entries[active])
 
-    def by_cuts(self) -> tuple[float, list[Op]]:
+    def by_cuts(self, most: float) -> tuple[float, list[Op]]:
         """(bound, table) of the ellipsoid where all directions together are too many."""
         steps, ops, kept = [], [], 0
         for source in self.sources:
@@ -903,7 +905,7 @@ class _Bounds:
             ops.append(Op(source.node.where, source.what, _largest(rows), math.nan))
         steps.append(Step(None, 0, {}, self.columns(self.outputs.rows)))
         ops.append(Op("", "output", math.nan, math.nan))
-        return self.moved(*by_cuts(self.graph.x, steps, self.say), ops)
+        return self.moved(*by_cuts(self.graph.x, steps, self.say, most), ops)
 
     def columns(self, rows: tuple[Row, ...]) -> dict[Operation, _Map]:
         maps = self.maps(rows)

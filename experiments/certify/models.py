@@ -87,7 +87,7 @@ def _gan(name: str, size: int, channels: int, width: int, **options) -> Model:
 
 MODELS = {
     "demo's discriminator: CNN, 8x8x1, width 16": _gan("cnn", 8, 1, 16),
-    # Too large for matrices: on tori, which "auto" leaves out.
+    # What is too large for "auto" goes up to tight.
     "CNN, 8x8x3, width 64": _gan("cnn", 8, 3, 64, method="tight"),
     "CNN, 16x16x3, width 16": _gan("cnn", 16, 3, 16, method="tight"),
     "CNN, 32x32x3, width 16": _gan("cnn", 32, 3, 16, method="tight"),
@@ -99,7 +99,7 @@ MODELS = {
     ),
     "classifier of the study: 8x8x1": _linen(study.Network(), (1, 8, 8, 1)),
     "README's Discriminator: 16x16x3": _linen(Readme(), (1, 16, 16, 3), method="tight"),
-    "README's Critic: 32x32x3": Model(_critic, (1, 32, 32, 3)),
+    "README's Critic: 32x32x3": Model(_critic, (1, 32, 32, 3), method="tight"),
     "transformer's block: 8 x 32": _linen(Block(4), (1, 8, 32), None, first=True),
     "the same, within .01 of the length of x": _linen(
         Block(4), (1, 8, 32), None, first=True, radius=0.01
