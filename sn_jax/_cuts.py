@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import scipy.linalg
 
-from sn_jax._ellipsoid import best_of
+from sn_jax._ellipsoid import best_of, leading, least_proved, lost_in_gram
 from sn_jax._symbols import UNIT, gamma
 
 # Entries of the banded quadratic form, and of the largest ellipsoid.
@@ -126,14 +126,7 @@ def _recursion(plan, thetas):
 
 
 def _largest(s: np.ndarray) -> float:
-    n = len(s)
-    if not n:
-        return 0.0
-    s = (s + s.T) / 2
-    try:
-        return float(scipy.linalg.eigvalsh(s, subset_by_index=[n - 1, n - 1])[0])
-    except np.linalg.LinAlgError:  # LAPACK's search for one of many equal ones can fail
-        return float(np.linalg.eigvalsh(s)[-1])
+    return leading((s + s.T) / 2)[0] if len(s) else 0.0
 
 
 class _Banded:
@@ -149,7 +142,7 @@ class _Banded:
                 product = sign * (block.T @ left)
                 for j in range(left.shape[1]):
                     # Of the diagonal blocks only what lies below.
-                    first = max(j if begin == start else 0, 0)
+                    first = j if begin == start else 0
                     at = start + first - (begin + j)
                     part = product[first:, j]
                     self.rows[at : at + len(part), begin + j] += part
@@ -192,9 +185,8 @@ def _certified(
                 blocks.append((places[step.key], np.eye(step.size) * (scale[step.key] / root)))
                 size += step.size * (scale[step.key] / root) ** 2
             size *= 1 + gamma(2 * n + 32)
-            error += 4 * UNIT * math.sqrt(size)
             rows = max((len(part) for _, part in blocks), default=0)
-            lost = gamma(2 * rows + 32) * size + 2 * error * math.sqrt(size) + error**2
+            lost = lost_in_gram(math.sqrt(size), error, rows)
             (outer if last else core).add(sorted(blocks, key=lambda block: block[0]),
                                           1.0 if last else sign)  # fmt: skip
             if last:
@@ -202,8 +194,8 @@ def _certified(
             else:
                 hidden += lost + UNIT * 8 * len(steps) * size
                 total += size
-    squared, growth = max(squared, c_hidden), 0.0
-    for _ in range(40):
+
+    def lowered(squared: float) -> tuple[float, bool]:
         matrix = squared * core.rows - outer.rows
         trace = float(np.abs(matrix[0]).sum())
         slack = squared * hidden + c_hidden + 8 * UNIT * (squared * total + c_size)
@@ -212,8 +204,7 @@ def _certified(
         try:
             scipy.linalg.cholesky_banded(matrix, lower=True, check_finite=False)
         except np.linalg.LinAlgError:
-            growth = max(2 * growth, slack / squared if squared else 1.0)
-            squared *= 1 + growth
-            continue
-        return math.sqrt(squared) * (1 + 8 * UNIT)
-    return math.inf
+            return slack, False
+        return slack, True
+
+    return least_proved(squared, c_size, c_hidden, lowered)

@@ -7,11 +7,13 @@ covariance ``e`` for w the inequality holds for both together. All e are free: e
 with theta searched, and one factorization proves the bound that comes out.
 """
 
+import contextlib
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+import scipy.linalg
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
@@ -183,9 +185,9 @@ def ellipsoid(x: Any, blocks: Sequence[Block], say: Callable[[str], None]) -> El
       say: told what is done.
     """
     known: dict[Any, Ellipsoid] = {}
-    found = []
-    for part in separated(x, blocks):
-        key = _alike(part)
+    found, parts = [], separated(x, blocks)
+    for part in parts:
+        key = _alike(part) if len(parts) > 1 else None
         if key not in known:
             known[key] = _searched(part.x, part.blocks, say)
         found.append((part, known[key]))
@@ -333,21 +335,16 @@ def certified(squared: float, es: Sequence[Any], x: Any, blocks: Sequence[Block]
             for source, (_, e) in block.columns.items()
         )
         size = float(np.linalg.norm(p)) * (1 + gamma(2 * p.size + 16))
-        error += 4 * UNIT * size
-        # |P^T P| in floating point, and what the error of P does to it.
-        lost = gamma(2 * len(p) + 32) * size**2 + 2 * error * size + error**2
+        lost = lost_in_gram(size, error, len(p))
         if last:
             outer, c_hidden, c_size = p.T @ p, lost, size**2
         else:
             k = p.shape[1]
             total[:k, :k] += p.T @ p
             hidden += lost + UNIT * 8 * len(blocks) * size**2
-    if squared == 0 and c_size == 0:
-        return math.sqrt(c_hidden)
-    squared = max(squared, c_hidden)
     core = np.eye(n) - total
-    growth = 0.0
-    for _ in range(40):
+
+    def lowered(squared: float) -> tuple[float, bool]:
         matrix = squared * core - outer
         trace = float(np.abs(np.diag(matrix)).sum())
         slack = squared * (hidden + 4 * UNIT * math.sqrt(n)) + c_hidden
@@ -357,8 +354,53 @@ def certified(squared: float, es: Sequence[Any], x: Any, blocks: Sequence[Block]
         try:
             np.linalg.cholesky(matrix)
         except np.linalg.LinAlgError:
-            growth = max(2 * growth, slack / squared)
-            squared *= 1 + growth
-            continue
-        return math.sqrt(squared) * (1 + 8 * UNIT)
+            return slack, False
+        return slack, True
+
+    return least_proved(squared, c_size, c_hidden, lowered)
+
+
+def lost_in_gram(size: float, error: float, rows: int) -> float:
+    """What floating point hides of ``P^T P``, and what the error of P does to it.
+
+    Args:
+      size: at least the length of P, which was scaled.
+      error: of P before it was scaled.
+      rows: of P.
+    """
+    error += 4 * UNIT * size
+    return gamma(2 * rows + 32) * size**2 + 2 * error * size + error**2
+
+
+def least_proved(
+    squared: float, c_size: float, c_hidden: float, lowered: Callable[[float], tuple[float, bool]]
+) -> float:
+    """The root of the first square, from ``squared`` on, that is proved.
+
+    Args:
+      squared: of the bound before it was certified.
+      c_size: the squared length of the map to the outputs.
+      c_hidden: what rounding hides of its Gram matrix.
+      lowered: a square -> (how far the diagonal was lowered, whether its form was definite then).
+    """
+    if squared == 0 and c_size == 0:
+        return math.sqrt(c_hidden)
+    squared, growth = max(squared, c_hidden), 0.0
+    for _ in range(40):
+        slack, definite = lowered(squared)
+        if definite:
+            return math.sqrt(squared) * (1 + 8 * UNIT)
+        growth = max(2 * growth, slack / squared)
+        squared *= 1 + growth
     return math.inf
+
+
+def leading(s: np.ndarray) -> tuple[float, np.ndarray]:
+    """The largest eigenvalue of a symmetric matrix, and its vector."""
+    n, values, vectors = len(s), np.zeros(0), np.zeros((0, 0))
+    # LAPACK's search for one of many equal ones can fail, by an error or by finding none.
+    with contextlib.suppress(np.linalg.LinAlgError):
+        values, vectors = scipy.linalg.eigh(s, subset_by_index=[n - 1, n - 1])
+    if not values.size:
+        values, vectors = np.linalg.eigh(s)
+    return float(values[-1]), vectors[:, -1]

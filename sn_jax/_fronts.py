@@ -101,6 +101,14 @@ def grids_of(tori: Sequence[tuple[int, ...]]) -> list[Grid]:
     return out
 
 
+def factor_of(blocks: np.ndarray, diagonal: float) -> np.ndarray | None:
+    """The lower Cholesky factors of ``blocks + diagonal``; None where one has none."""
+    try:
+        return np.linalg.cholesky(blocks + diagonal * np.eye(blocks.shape[-1]))
+    except np.linalg.LinAlgError:
+        return None
+
+
 class Fronts:
     """The matrix ``diagonal + couplings``, scaled to a diagonal of one.
 
@@ -297,10 +305,8 @@ class Fronts:
         total = 0.0
 
         def step(block, row):
-            s = block + (1 - shift) * np.eye(block.shape[-1])
-            try:
-                factor = np.linalg.cholesky(s)
-            except np.linalg.LinAlgError:
+            factor = factor_of(block, 1 - shift)
+            if factor is None:
                 return None
             half = np.linalg.inv(factor)
             return factor, half, half @ row
@@ -402,10 +408,8 @@ class Fronts:
         """Whether Cholesky of the scaled matrix less ``shift`` runs to its end."""
 
         def step(block, row):
-            s = block + (1 - shift) * np.eye(block.shape[-1])
-            try:
-                factor = np.linalg.cholesky(s)
-            except np.linalg.LinAlgError:
+            factor = factor_of(block, 1 - shift)
+            if factor is None:
                 return None
             w = np.empty(row.shape, complex)
             for j, (r, b) in enumerate(zip(factor, row, strict=True)):

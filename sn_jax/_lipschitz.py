@@ -16,13 +16,12 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-import scipy.linalg
 from scipy.sparse.linalg import LinearOperator, eigsh
 
 from sn_jax._balls import Balls
 from sn_jax._convolutions import One, TapSum, as_convolution, beside, summed, tap_sums
 from sn_jax._cuts import Step, TooWideError, by_cuts
-from sn_jax._ellipsoid import Block, Ellipsoid, ellipsoid
+from sn_jax._ellipsoid import Block, Ellipsoid, ellipsoid, leading
 from sn_jax._graph import Graph, NoPlatform, graph_of
 from sn_jax._matrix_free import FAILURE, norm_above
 from sn_jax._operation_norms import (
@@ -969,9 +968,7 @@ def _leading(blocks: Sequence[np.ndarray], weights, start) -> tuple[float, np.nd
     n = blocks[0].shape[1]
     if n <= 256:
         gram = sum(b.T @ b / w for b, w in zip(blocks, weights, strict=True))
-        values, vectors = scipy.linalg.eigh(gram, subset_by_index=[n - 1, n - 1])
-        if not values.size:  # LAPACK's search for one of many equal ones can fail
-            values, vectors = (part[..., -1:] for part in np.linalg.eigh(gram))
+        value, vector = leading(gram)  # type: ignore
     else:
 
         def multiply(x):
@@ -979,4 +976,5 @@ def _leading(blocks: Sequence[np.ndarray], weights, start) -> tuple[float, np.nd
 
         operator = LinearOperator((n, n), multiply, dtype=float)  # type: ignore
         values, vectors = eigsh(operator, k=1, which="LA", tol=1e-3, v0=start)  # type: ignore
-    return math.sqrt(max(float(values[0]), 0.0)), vectors[:, 0]
+        value, vector = float(values[0]), vectors[:, 0]
+    return math.sqrt(max(value, 0.0)), vector

@@ -6,6 +6,7 @@ the ends of boxes. Nothing here knows JAX: the caller translates, and decides wh
 of one number.
 """
 
+import contextlib
 import math
 from collections.abc import Sequence
 from functools import lru_cache
@@ -168,18 +169,19 @@ def _by_parts(program: tuple, low: float, high: float, eps: float, found: Slopes
     end in a tail, or many after each other, each part alone may still be bounded."""
     last = len(program) - 1
     ends = np.array([[found.low], [found.high]])
-    try:
-        for root in range(1, last):
-            if program[root][0] in PREDICATES:
-                continue
-            if (rest := _between(program, root, last)) is not None:
-                inner = _slopes(_required(program, root), low, high, eps)
-                if _is_finite(inner):
-                    outer = _slopes(rest, inner.value_low, inner.value_high, eps)
-                    if _is_finite(outer):
-                        ends = meet(ends, times(_column(inner), _column(outer)))
-        op, args, _ = program[last]
-        if op in ("add", "sub") and not np.isfinite(ends).all():
+    for root in range(1, last):
+        rest = None if program[root][0] in PREDICATES else _between(program, root, last)
+        if rest is None:
+            continue
+        with contextlib.suppress(Jump):  # of a part, whose other parts make up for it
+            inner = _slopes(_required(program, root), low, high, eps)
+            if _is_finite(inner):
+                outer = _slopes(rest, inner.value_low, inner.value_high, eps)
+                if _is_finite(outer):
+                    ends = meet(ends, times(_column(inner), _column(outer)))
+    op, args, _ = program[last]
+    if op in ("add", "sub") and not np.isfinite(ends).all():
+        with contextlib.suppress(Jump):
             a, b = (
                 _column(_slopes(_required(program, int(arg)), low, high, eps))
                 if isinstance(arg, Ref)
@@ -187,8 +189,6 @@ def _by_parts(program: tuple, low: float, high: float, eps: float, found: Slopes
                 for arg in args
             )
             ends = meet(ends, plus(a, b if op == "add" else -b[::-1]))
-    except Jump:
-        pass  # of a part, whose other parts make up for it
     return found._replace(low=float(ends[0, 0]), high=float(ends[1, 0]))
 
 

@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from sn_jax._convolutions import TapSum, tap_sums
-from sn_jax._fronts import Coupling, Fronts, Variable
+from sn_jax._fronts import Coupling, Fronts, Variable, factor_of
 from sn_jax._pieces import Operation
 from sn_jax._sources import Source
 from sn_jax._symbols import UNIT, gamma
@@ -539,11 +539,8 @@ class Torus:
 
 def _with_block(block: np.ndarray, row: np.ndarray):
     """A step of an elimination that shows its block."""
-    try:
-        factor = np.linalg.cholesky(block + np.eye(block.shape[-1]))
-    except np.linalg.LinAlgError:
-        return None
-    return block, np.linalg.inv(factor) @ row
+    factor = factor_of(block, 1.0)
+    return None if factor is None else (block, np.linalg.inv(factor) @ row)
 
 
 def _descend(value: Callable, theta: np.ndarray, most: int) -> np.ndarray:

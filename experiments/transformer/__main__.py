@@ -16,7 +16,7 @@ from experiments import cli
 from experiments.cli import UserError
 from experiments.mesh import make_mesh
 from experiments.pictures import picture
-from experiments.transformer.train import Method, Sizes, certified, train
+from experiments.transformer.train import Method, Sizes, certified, settled, train
 
 NAMES = {"baseline": "unconstrained", "reparam": "sigma-reparam", "projection": "projection"}
 PANELS = ("loss", "largest logit", "maximum entropy", "largest sigma")
@@ -130,14 +130,13 @@ def report(results: dict[str, Any]) -> str:
              "certified norms", "seconds"]]  # fmt: skip
     for method, result in results.items():
         history = result["history"]
-        last = max(1, len(history["loss"]) // 10)
         lower = min(np.min(norm["lower"]) for norm in result["norms"].values())
         upper = max(np.max(norm["upper"]) for norm in result["norms"].values())
         rows.append([
-            NAMES[method], f"{np.mean(history['loss'][-last:]):.3f}",
+            NAMES[method], f"{settled(history['loss']):.3f}",
             f"{np.max(history['largest logit']):.3g}",
-            f"{np.mean(history['maximum entropy'][-last:]):.2f}",
-            f"{np.mean(history['minimum entropy'][-last:]):.2f}",
+            f"{settled(history['maximum entropy']):.2f}",
+            f"{settled(history['minimum entropy']):.2f}",
             f"{history['largest sigma'][-1]:.3g}", f"{lower:.3g} to {upper:.3g}",
             f"{result['seconds']:.0f}",
         ])  # fmt: skip

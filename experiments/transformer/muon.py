@@ -28,7 +28,7 @@ from experiments import cli
 from experiments.pictures import picture
 from experiments.transformer.__main__ import QUICK
 from experiments.transformer.model import Decoder
-from experiments.transformer.train import RULES, Sizes, batches, next_byte, text
+from experiments.transformer.train import RULES, Sizes, batches, next_byte, settled, text
 
 Way = Literal["sphere", "free"]
 NAMES = {"sphere": "Muon on spectral spheres", "free": "Muon alone"}
@@ -141,9 +141,8 @@ def report(results: dict[str, Any]) -> str:
     rows = [["", "loss", "largest sigma / R", "least sigma / R", "seconds"]]
     for way, result in results.items():
         history = result["history"]
-        last = max(1, len(history["loss"]) // 10)
         rows.append([
-            NAMES[way], f"{np.mean(history['loss'][-last:]):.3f}",
+            NAMES[way], f"{settled(history['loss']):.3f}",
             f"{max(history['largest sigma / R']):.4g}", f"{min(history['least sigma / R']):.4g}",
             f"{result['seconds']:.0f}",
         ])  # fmt: skip

@@ -70,6 +70,11 @@ def batches(tokens: np.ndarray, sizes: Sizes, seed: int) -> Callable[[int], np.n
     return batch
 
 
+def settled(values: list[float]) -> float:
+    """The mean over the last tenth of training."""
+    return float(np.mean(values[-max(1, len(values) // 10) :]))
+
+
 def next_byte(model: Decoder, params: Any, tokens: Array) -> tuple[Array, dict[str, Array]]:
     """Mean cross entropy of each byte of (batch, context + 1) given those before it, and what the
     model says of its attention."""
