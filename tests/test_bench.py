@@ -93,14 +93,25 @@ def test_interleaved_takes_turns_and_drops_the_first_round():
 
     def elsewhere():
         order.append("c")
-        return float(len(order))
+        return float(order.count("c"))
 
     calls = {name: partial(order.append, name) for name in "ab"} | {"c": Elsewhere(elsewhere)}
-    seconds = interleaved(calls, rounds=2)
-    # After c, which leaves the caches cold, a finds them as b leaves them.
-    assert order == list("abc" + "babc" + "babc")
-    assert seconds["c"].tolist() == [7.0, 11.0]  # its own times, not ours
-    assert seconds["a"].shape == (2,)
+    seconds = interleaved(calls, rounds=20)
+    assert seconds["c"].tolist() == [float(i) for i in range(2, 22)]  # its own times, not ours
+    assert seconds["a"].shape == (20,)
+    # After c, which leaves the caches cold, the last call made here comes again.
+    said, here = "".join(order), ""
+    turns = ""
+    while said:
+        if turns.endswith("c") and said[0] != "c" and here:
+            assert said[0] == here
+            said = said[1:]
+        turns, said = turns + said[0], said[1:]
+        here = turns[-1] if turns[-1] != "c" else here
+    rounds = [turns[i : i + 3] for i in range(0, len(turns), 3)]
+    assert len(rounds) == 21
+    assert {*map("".join, map(sorted, rounds))} == {"abc"}, "each once in a round"
+    assert {*rounds} == {"abc", "acb", "bac", "bca", "cab", "cba"}, "in every order"
 
 
 def test_compare_pairs_rounds():

@@ -566,6 +566,19 @@ def test_a_checkpoint_without_checksums_is_damaged(capsys, truncated):
     assert f"{newest / 'checksums.json'} is damaged: move {newest} away" in line
 
 
+@pytest.mark.parametrize("then", [3, 4])
+def test_a_kill_before_the_checksums_costs_that_checkpoint_only(then, tiny, tmp_path):
+    state = tiny.init(jax.random.key(0))
+    for step in (1, 2, 3):
+        loop._save(tmp_path, state._replace(step=jnp.int32(step)))
+    assert loop.saved_steps(tmp_path) == [2, 3], "the last and the one before"
+    (tmp_path / "checkpoints" / "3" / "checksums.json").unlink()
+    assert loop.saved_steps(tmp_path) == [2]
+    loop._save(tmp_path, state._replace(step=jnp.int32(then)))
+    assert loop.saved_steps(tmp_path) == [2, then]
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["2", f"{then}"]
+
+
 def test_a_checkpoint_of_another_program_is_named_and_kept(capsys, truncated):
     import orbax.checkpoint as ocp
 

@@ -9,6 +9,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax import lax
 
 import sn_jax
 from experiments.bench import trees
@@ -38,6 +39,28 @@ def outputs_last(w):
 def ours(weights: Tree) -> Contender:
     state = sn_jax.init(weights, KEY, trees.views(weights))
     return Contender(weights, state, sn_jax.spectral_normalize)
+
+
+def by_hand(weights: Tree) -> Contender:
+    """Algorithm 1 of the paper in five lines, which keep as much as a ``State``: what ours takes
+    beside it is for scales (plain norms overflow and underflow) and for zeros."""
+
+    def step(w, u):
+        matrix = w.reshape(-1, w.shape[-1])
+        v = lax.stop_gradient(matrix @ u)
+        v /= jnp.linalg.norm(v)
+        y = v @ matrix
+        sigma = jnp.linalg.norm(y)
+        return {"w": w / sigma}, (y / sigma, v, sigma)
+
+    def forward(weights, state):
+        found = [step(leaf["w"], u)
+                 for leaf, (u, _, _) in zip(weights.values(), state, strict=True)]  # fmt: skip
+        return [w for w, _ in found], [lax.stop_gradient(kept) for _, kept in found]
+
+    matrices = [leaf["w"].reshape(-1, leaf["w"].shape[-1]) for leaf in weights.values()]
+    state = [(jax.random.normal(KEY, w.shape[1:]), jnp.zeros(len(w)), 0.0) for w in matrices]
+    return Contender(weights, state, forward)
 
 
 def haiku(weights: Tree) -> Contender:

@@ -43,19 +43,22 @@ class Elsewhere:
 def interleaved(
     calls: Mapping[str, Callable[[], Any] | Elsewhere], rounds: int
 ) -> dict[str, np.ndarray]:
-    """Seconds of each call in each round, A B A B ..., after one round that is not counted.
+    """Seconds of each call in each round, after one round that is not counted.
 
-    After a call elsewhere the last one made here is made again, untimed: the other process has
-    emptied the caches, and whoever comes next shall find them as in every other turn.
+    Every round has an order of its own (the same in every run): who always came after the one
+    that moves most would always find the caches emptied, and pay for it. After a call elsewhere
+    the last one made here is made again, untimed: the other process has emptied the caches, and
+    whoever comes next shall find them as in every other turn.
 
     Args:
       calls: name -> what to time, until its result is there.
       rounds: of all of them.
     """
     seconds: dict[str, list[float]] = {name: [] for name in calls}
-    here, cold = None, False
+    here, cold, rng = None, False, np.random.default_rng(0)
     for _ in range(rounds + 1):
-        for name, call in calls.items():
+        for name in rng.permutation(list(calls)):
+            call = calls[name]
             if isinstance(call, Elsewhere):
                 seconds[name].append(call.call())
                 cold = True

@@ -3,7 +3,6 @@
 import hashlib
 import json
 import os
-import shutil
 import signal
 import sys
 import threading
@@ -233,8 +232,8 @@ def _deferred_interrupt() -> Iterator[threading.Event]:
 
 def saved_steps(out: Path) -> list[int]:
     """The steps of the complete checkpoints, from the first to the last."""
-    names = [path.name for path in (out / "checkpoints").glob("*")]
-    return sorted(int(name) for name in names if name.isdigit())
+    paths = (out / "checkpoints").glob("*/checksums.json")  # which is written last
+    return sorted(int(path.parent.name) for path in paths if path.parent.name.isdigit())
 
 
 def _folder(out: Path, step: int) -> Path:
@@ -243,19 +242,16 @@ def _folder(out: Path, step: int) -> Path:
 
 def _save(out: Path, state: State) -> None:
     """Write a checkpoint that is there as a whole or not at all; keep it and the one before."""
+    options = ocp.CheckpointManagerOptions(
+        max_to_keep=2, cleanup_tmp_directories=True, enable_async_checkpointing=False
+    )
     folder = _folder(out, int(state.step))
-    partial = folder.with_name(".partial")
+    with ocp.CheckpointManager(folder.parent, options=options, item_names=("state",)) as manager:
+        for step in {*manager.all_steps()} - {*saved_steps(out)}:
+            manager.delete(step)  # killed before it was complete
+        manager.save(int(folder.name), args=ocp.args.Composite(state=ocp.args.StandardSave(state)))
     if processes.is_first():
-        shutil.rmtree(partial, ignore_errors=True)  # what a kill has left
-    processes.wait("cleared")
-    with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
-        checkpointer.save(partial / "state", args=ocp.args.StandardSave(state))
-    processes.wait("written")
-    if processes.is_first():
-        cli.write_json(partial / "checksums.json", _checksums(partial), indent=2)
-        partial.rename(folder)
-        for step in saved_steps(out)[:-2]:
-            shutil.rmtree(_folder(out, step))
+        cli.write_json(folder / "checksums.json", _checksums(folder), indent=2)
     processes.wait("saved")
 
 
