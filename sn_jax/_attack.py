@@ -14,6 +14,7 @@ import numpy as np
 from jax import Array, lax
 from jax.core import Tracer
 
+from sn_jax._core import check_key
 from sn_jax._power import power_iteration
 
 # The ascent alternates a few steps of power iteration with one on x.
@@ -96,7 +97,7 @@ def lipschitz_attack(
     Returns:
       ``Attack``: (lower, x).
     Raises:
-      TypeError: x0, or the value of fn, is not a floating array.
+      TypeError: x0, or the value of fn, is not a floating array; ``key`` is no PRNG key.
       ValueError: fn has no backward pass, as loops of unknown length.
     Example:
       >>> import jax, jax.numpy as jnp
@@ -106,6 +107,7 @@ def lipschitz_attack(
     """
     import optax
 
+    check_key(key, "lipschitz_attack(fn, key, x0, steps)")
     x0 = _floating(x0)
     if regions and not isinstance(x0, Tracer):
         from sn_jax._regions import steepest

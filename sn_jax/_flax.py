@@ -4,6 +4,7 @@ Here belongs what both adapters need of Flax's layers; nothing is imported from 
 """
 
 import math
+import operator
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any, Literal, NamedTuple, get_args
@@ -115,6 +116,21 @@ def check_scale_init(scale_init: str, use_scale: bool) -> None:
         raise ValueError(f'scale_init must be "one" or "sigma"; got {scale_init!r}.')
     if scale_init == "sigma" and not use_scale:
         raise ValueError('scale_init="sigma" is that of a learned scale: give use_scale=True, too.')
+
+
+def check_steps(n_steps: Any) -> None:
+    """Raise unless a wrapper can take so many steps at a call."""
+    try:
+        steps = operator.index(n_steps)
+    except TypeError:
+        raise TypeError(
+            f"SpectralNorm: n_steps must be an integer, such as 1; got {n_steps!r}."
+        ) from None
+    if steps < 1:
+        raise ValueError(
+            f"SpectralNorm needs n_steps >= 1, got {steps}; without the wrapper the layer is left "
+            "alone."
+        )
 
 
 def check_conv(conv: str) -> None:

@@ -6,10 +6,12 @@ are applied (``x + 0``, ``x != x``). Combinations that are known only together (
 groups) are recognized by ``_patterns`` as the operations come in.
 """
 
+import contextlib
 import inspect
 import math
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from types import TracebackType
 from typing import Any, NamedTuple
 
 import jax
@@ -69,7 +71,7 @@ def graph_of(fn: Callable[..., Any], x: Any, platform: str) -> Graph:
 
     Raises:
       TypeError: not one floating-point array in ``x``, or no array among the results.
-      ValueError: a branch or loop on x.
+      ValueError: a branch or loop on x, Python's own too.
     """
     leaves, treedef = jax.tree_util.tree_flatten(x)
     arrays = [i for i, leaf in enumerate(leaves) if hasattr(leaf, "shape")]
@@ -88,7 +90,8 @@ def graph_of(fn: Callable[..., Any], x: Any, platform: str) -> Graph:
         return [leaf for leaf in jax.tree_util.tree_leaves(out) if leaf is not None]
 
     dtype = jax.dtypes.canonicalize_dtype(array.dtype)
-    closed = jax.make_jaxpr(of_array)(jax.ShapeDtypeStruct(array.shape, dtype))
+    with told_plainly(array.shape):
+        closed = jax.make_jaxpr(of_array)(jax.ShapeDtypeStruct(array.shape, dtype))
     builder = Builder(platform)
     code = getattr(inspect.unwrap(fn), "__code__", None)
     if code is not None:  # where a line is not known
@@ -103,6 +106,26 @@ def graph_of(fn: Callable[..., Any], x: Any, platform: str) -> Graph:
                 "there is no Lipschitz constant. Leave it out of what the function returns."
             )
     return Graph(x, varying, frozenset(builder.platforms), list(dict.fromkeys(builder.notes)))
+
+
+@contextlib.contextmanager
+def told_plainly(shape: tuple[int, ...]) -> Iterator[None]:
+    """What goes wrong in a call of a function of x alone, in a sentence that says so."""
+    try:
+        yield
+    except jax.errors.ConcretizationTypeError as error:
+        raise ValueError(
+            f"{_line(error.__traceback__)}: Python's own if, while, int, float or the like on what "
+            "depends on x, so the function is not one program: choose with jnp.where, or by what "
+            "does not depend on x."
+        ) from error
+    except TypeError as error:
+        line = _line(error.__traceback__)
+        raise TypeError(
+            f"{'' if line == '?' else f'{line}: '}{error} (The function is called with x alone, "
+            f"here an array of shape {shape}: close over all else, as in lambda x: "
+            "model.apply(variables, x).)"
+        ) from error
 
 
 class Builder:
@@ -452,9 +475,11 @@ def where(eqn) -> str:
     """file:line of an equation: the innermost line outside of JAX, and of packages if there is
     one."""
     trace = eqn.source_info.traceback
-    if trace is None:
-        return "?"
-    frames = traceback.extract_tb(trace.as_python_traceback())[::-1]
+    return "?" if trace is None else _line(trace.as_python_traceback())
+
+
+def _line(trace: TracebackType | None) -> str:
+    frames = traceback.extract_tb(trace)[::-1]
     own = [f for f in frames if not any(part in f.filename for part in _ELSEWHERE)]
     frame = next((f for f in own if "site-packages" not in f.filename), own[0] if own else None)
     if frame is None:
@@ -464,7 +489,8 @@ def where(eqn) -> str:
 
 _ELSEWHERE: list[str] = [str(module.__file__).removesuffix("__init__.py") for module in (jax,)]
 _ELSEWHERE.extend(
-    __file__.removesuffix("_graph.py") + name for name in ("_graph.py", "_lipschitz.py")
+    __file__.removesuffix("_graph.py") + name
+    for name in ("_graph.py", "_lipschitz.py", "_margins.py")
 )
 
 

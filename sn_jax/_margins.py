@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
+from sn_jax._graph import told_plainly
 from sn_jax._lipschitz import LipschitzBound, lipschitz_bound
 
 
@@ -48,7 +49,8 @@ def margin_bounds(
       >>> print(margin_bounds(lambda x: w @ x, jnp.zeros(2))[0, 1].round(6))
       5.0
     """
-    n = jax.eval_shape(lambda x: jnp.ravel(fn(x)), x).size
+    with told_plainly(jnp.shape(x)):
+        n = jax.eval_shape(lambda x: jnp.ravel(fn(x)), x).size
     if n < 2:
         raise ValueError(f"There are no margins between {n} outputs: fn must have two or more.")
     options: dict[str, Any] = {"method": method, "rtol": rtol, "steps": steps, "progress": False}

@@ -319,10 +319,14 @@ def _checked(w, view: View | None, rtol: float) -> tuple[np.ndarray, View, Shape
         raise TypeError(f"Norms are those of real floating-point weights; got {w.dtype}.")
     if view is None:
         if w.ndim != 2:
+            if w.ndim < 2:
+                raise ValueError(f"A parameter of shape {w.shape} is no matrix: reshape it to one.")
+            inputs, (*ins, out) = (32,) * (w.ndim - 2), range(w.ndim)
             raise ValueError(
                 f"A parameter of shape {w.shape} has {w.ndim} axes, so its view must be given: "
-                "sn_jax.Matrix((0, 1, 2), 3) for a flattened 2-D convolution, say, or "
-                "sn_jax.Matrix() for a stack of matrices."
+                f"sn_jax.Conv({inputs}) for a convolution on inputs of that size, say, "
+                f"sn_jax.Matrix({tuple(ins)}, {out}) for it flattened, or sn_jax.Matrix() for a "
+                "stack of matrices."
             )
         view = Matrix()
     check_view(view, "The second argument")

@@ -46,7 +46,11 @@ class Slopes(NamedTuple):
 
 
 class Jump(ValueError):
-    """The function is discontinuous: no Lipschitz constant exists."""
+    """The function is discontinuous, by ``size`` near ``at``: no Lipschitz constant exists."""
+
+    def __init__(self, size: float, at: float):
+        super().__init__(f"the function jumps by {size:.3g} at {at:.9g}")
+        self.size, self.at = float(size), float(at)
 
 
 def slopes(
@@ -154,7 +158,12 @@ def _slopes(program: tuple, low: float, high: float, eps: float) -> Slopes:
     else:
         jet = Evaluation(np.array([[low], [high]])).run(prefix)[-1]
         ends = [float(x) for x in jet.value.ends[:, 0]]
-        inner = _bounded(rest, *ends, eps)
+        try:
+            inner = _bounded(rest, *ends, eps)
+        except Jump as jump:
+            start = Evaluation(np.zeros((2, 1))).run(prefix)[-1]
+            at = (jump.at - start.value.ends[0, 0]) / start.first.ends[0, 0]
+            raise Jump(jump.size, at) from None
         slope = times(np.array([[inner.low], [inner.high]]), jet.first.ends)
         found = inner._replace(low=float(slope[0, 0]), high=float(slope[1, 0]))
     return found if _is_finite(found) else _by_parts(program, low, high, eps, found)
@@ -460,7 +469,8 @@ def _check_edges(program: tuple, edges: np.ndarray, eps: float, steepest: float 
     apart = ends[0].max(0) - ends[1].min(0)
     bad = apart > rounding.reshape(3, n).max(0)
     if bad.any():
-        raise Jump(f"the function jumps by {apart[bad][0]:.3g} at {edges[bad][0]:.9g}.")
+        first = np.argmin(np.where(bad, np.abs(edges), np.inf))
+        raise Jump(apart[first], edges[first])
     # The boxes beside an edge are judged as such; what happens on it alone is judged here.
     doubt = unsure & ~(value[1] - value[0] <= rounding)
     return not doubt[n : 2 * n].any()
@@ -486,6 +496,5 @@ def _small_steps(
     jumps = ~small & (x[1] - x[0] <= 1e-12 * size)
     jumps &= apart > np.maximum(way, _within_rounding(jet, x, eps, steepest))
     if jumps.any():
-        at = x[0][jumps][0]
-        raise Jump(f"the function jumps by {apart[jumps][0]:.3g} near {at:.9g}.")
+        raise Jump(apart[jumps][0], x[0][jumps][0])
     return small

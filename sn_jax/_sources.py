@@ -626,8 +626,8 @@ def _slopes_of(node, root, ops, domain, ends=None):
                     local[:, here] = slopes_on(nodes, intervals, str(root.dtype))
         except Jump as error:
             raise ValueError(
-                f"{node.where}: {' '.join(a.op for a in ops)} of x jumps, so there is no Lipschitz "
-                f"constant ({error})."
+                f"{node.where}: {' '.join(a.op for a in ops)} jumps by {error.size:.3g} where "
+                f"{error.at + 0.0:.9g} enters, so there is no Lipschitz constant."
             ) from error
         except Unknown as error:
             at = next((a for a in ops if a.op == error.op), node)

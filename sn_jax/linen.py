@@ -92,16 +92,23 @@ def views(
       layers_2/kernel Matrix(in_axes=(0, 1, 2), out_axes=(3,))
     """
     _flax.check_conv(conv)
-    if not isinstance(variables, Mapping) or "params" not in variables:
-        raise TypeError(
-            f"views(model, variables, x): variables are what init returned, with 'params'; got "
-            f"{type(variables).__name__}."
-        )
+    _check_variables(variables, "views")
     params = meta.unbox(variables["params"])
     others = {name: value for name, value in variables.items() if name != "params"}
     uses, beside = uses_of_call(module, params, others, args, kwargs, conv, rngs, method)
     leaves = _rules.named_leaves(params)
     return _flax.resolve(leaves, uses, beside, rules, "sn_jax.linen.views").views
+
+
+def _check_variables(variables: Any, of: str) -> None:
+    if isinstance(variables, Mapping) and "params" in variables:
+        return
+    got = type(variables).__name__
+    if isinstance(variables, Mapping):
+        got = f"{_rules.listing(variables)}: if those are parameters, give {{'params': them}}"
+    raise TypeError(
+        f"{of}(model, variables, x): variables are what init returned, with 'params'; got {got}."
+    )
 
 
 def _parts(layer: nn.Module, prefix=()) -> Iterator[tuple[tuple[str, ...], nn.Module]]:
@@ -150,6 +157,7 @@ def bake(
       dict: variables of the model in which each ``SpectralNorm(layer)`` is ``layer``.
 
     Raises:
+      TypeError: ``variables`` hold no params.
       ValueError: the call meets no SpectralNorm; a wrapped layer changes its kernel on the way to
         the product other than by constants, so that no stored kernel gives the same outputs.
 
@@ -162,6 +170,7 @@ def bake(
       >>> bool(jnp.allclose(plain.apply(baked, x), model.apply(variables, x)))
       True
     """
+    _check_variables(variables, "bake")
     wrappers, written = {}, []
 
     def baking(next_fun, args, kwargs, context):
@@ -483,11 +492,8 @@ class SpectralNorm(nn.Module):
 
     @nn.nowrap
     def _run(self, call, update_stats, written=None):
-        if self.n_steps is not None and self.n_steps < 1:
-            raise ValueError(
-                f"SpectralNorm needs n_steps >= 1, got {self.n_steps}; without the wrapper the "
-                "layer is left alone."
-            )
+        if self.n_steps is not None:
+            _flax.check_steps(self.n_steps)
         _flax.check_scale_init(self.scale_init, self.use_scale)
         _flax.check_conv(self.conv)
         if not _is_module(self.layer_instance):
@@ -689,9 +695,10 @@ class SpectralNorm(nn.Module):
             if not self.is_mutable_collection(self.collection_name):
                 raise ValueError(
                     f"The variables have no {self.collection_name!r} for {self._layer}, which "
-                    "SpectralNorm reads: pass them to apply (all that init returned), or use "
-                    "stateless=True. Inside nn.RNN and other loops put SpectralNorm around them: "
-                    "SpectralNorm(nn.RNN(cell))."
+                    "SpectralNorm reads: pass them to apply (all that init returned; what bake "
+                    "returned is for the model without wrappers), or use stateless=True. Under "
+                    f"nn.vmap and nn.scan give variable_axes={{..., {self.collection_name!r}: 0}}; "
+                    "put SpectralNorm around nn.RNN and other loops: SpectralNorm(nn.RNN(cell))."
                 )
             if not self.has_rng("params"):
                 raise ValueError(

@@ -157,11 +157,7 @@ class _Options:
     loras: tuple[tuple[str, tuple[str | None, str, str]], ...]
 
     def __post_init__(self):
-        if self.n_steps < 1:
-            raise ValueError(
-                f"SpectralNorm needs n_steps >= 1, got {self.n_steps}; without the wrapper the "
-                "layer is left alone."
-            )
+        _flax.check_steps(self.n_steps)
         object.__setattr__(self, "bound", _frozen_bound(self.bound))
 
     def bounds(self) -> Mapping[str, Any]:

@@ -331,6 +331,18 @@ TABLE = {
         lambda: sn_jax.linen.views(linen_block(), {"layers_0": {}}, X),
         ["variables", "'params'"],
     ),
+    "views of parameters that are named": (
+        lambda: sn_jax.linen.views(nn.Dense(4), {"kernel": ones(3, 4), "bias": ones(4)}, X),
+        ["kernel, bias", "{'params': them}"],
+    ),
+    "bake of parameters": (
+        lambda: sn_jax.linen.bake(nn.Dense(4), {"kernel": ones(3, 4)}, X),
+        ["bake(model, variables, x)", "'params'", "kernel"],
+    ),
+    "bake in the wrong order": (
+        lambda: sn_jax.linen.bake(nn.Dense(4), X, nn.Dense(4).init(KEY, X)),
+        ["bake(model, variables, x)", "ArrayImpl"],
+    ),
     "convolutions seen in a way that is none": (
         lambda: sn_jax.linen.views(linen_block(), linen_block().init(KEY, X), X, conv="fft"),
         ["conv", '"reshape"', '"operator"', "'fft'"],
@@ -346,6 +358,10 @@ TABLE = {
     "bake without a wrapper": (
         lambda: sn_jax.linen.bake(linen_block(), linen_block().init(KEY, X), X),
         ["no sn_jax.linen.SpectralNorm", "Sequential"],
+    ),
+    "steps that are no number": (
+        lambda: linen_wrapper(nn.Dense(2), n_steps="15"),
+        ["n_steps must be an integer", "'15'"],
     ),
     "no steps in linen": (lambda: linen_wrapper(nn.Dense(2), n_steps=0), ["n_steps >= 1", "0"]),
     "a number wrapped": (lambda: linen_wrapper(4), ["nn.Dense(4)", "not 4"]),
@@ -446,11 +462,32 @@ TABLE = {
     "another shape in nnx": (lambda: nnx_loaded((5, 4)), ["kernel", "(5, 4)", "(3, 4)"]),
     "another view in nnx": (lambda: nnx_loaded(views={"kernel": Matrix(1, 0)}), ["kernel", "view"]),
     # Lipschitz constants
+    "an attack without a key": (
+        lambda: sn_jax.lipschitz_attack(jnp.sin, 0, X),
+        ["PRNG key", "an int, 0", "lipschitz_attack(fn, key, x0, steps)"],
+    ),
     "a function of integers": (lambda: BOUND(jnp.sin, jnp.arange(3)), ["floating", "int32"]),
     "a function of two arrays": (lambda: BOUND(lambda t: t[0], [X, X]), ["one array", "2"]),
     "an unknown method": (lambda: BOUND(jnp.sin, X, method="best"), ["'best'", "auto"]),
     "no accuracy": (lambda: BOUND(jnp.sin, X, rtol=0), ["rtol", "> 0"]),
     "a jump": (lambda: BOUND(lambda x: x > 0, X), ["jumps", "test_errors.py:"]),
+    "a jump that has a place": (
+        lambda: BOUND(lambda x: jnp.sign(jnp.maximum(x, 0) - 4), X),
+        ["test_errors.py:", "jumps by 2 where 4 enters"],
+    ),
+    "a jump where rounding steps": (lambda: BOUND(jnp.round, X), ["jumps by 1 where -0.5 enters"]),
+    "a model without its variables": (
+        lambda: BOUND(nn.Dense(4).apply, X),
+        ["called with x alone", f"{X.shape}", "lambda x: model.apply(variables, x)"],
+    ),
+    "margins of a model without its variables": (
+        lambda: sn_jax.margin_bounds(nn.Dense(4).apply, X),
+        ["called with x alone", f"{X.shape}", "lambda x: model.apply(variables, x)"],
+    ),
+    "Python's if": (
+        lambda: BOUND(lambda x: x if x.sum() > 0 else -x, X),
+        ["test_errors.py:", "if, while", "jnp.where"],
+    ),
     "a branch on x": (
         lambda: BOUND(lambda x: jax.lax.cond(x[0, 0] > 0, jnp.sin, jnp.cos, x), X),
         ["branch", "cond", "test_errors.py:"],
