@@ -320,7 +320,10 @@ def _checked(w, view: View | None, rtol: float) -> tuple[np.ndarray, View, Shape
     if view is None:
         if w.ndim != 2:
             if w.ndim < 2:
-                raise ValueError(f"A parameter of shape {w.shape} is no matrix: reshape it to one.")
+                raise ValueError(
+                    f"A parameter of shape {w.shape} is no matrix: reshape it to one, or give the "
+                    "view under which it is."
+                )
             inputs, (*ins, out) = (32,) * (w.ndim - 2), range(w.ndim)
             raise ValueError(
                 f"A parameter of shape {w.shape} has {w.ndim} axes, so its view must be given: "

