@@ -21,7 +21,7 @@ from jax.extend.core import ClosedJaxpr, Literal
 
 from sn_jax import _patterns
 from sn_jax._pieces import ELEMENTWISE, Constant, Operation, is_indexing, permuted
-from sn_jax._trace import evaluate, inner_program
+from sn_jax._trace import evaluate, inner_program, scan_counts
 
 Value = Operation | Constant
 _OTHER_PLATFORM = "another platform"
@@ -321,7 +321,7 @@ class Builder:
         ]  # fmt: skip
 
     def scan(self, eqn, inputs: list[Value]) -> list[Value]:
-        n_consts, n_carry = eqn.params["num_consts"], eqn.params["num_carry"]
+        n_consts, n_carry = scan_counts(eqn)
         body, length = eqn.params["jaxpr"], eqn.params["length"]
         consts, carry = inputs[:n_consts], inputs[n_consts : n_consts + n_carry]
         xs = inputs[n_consts + n_carry :]

@@ -279,14 +279,7 @@ class _Walk:
         return [out] * n_out
 
     def scan(self, eqn, inputs):
-        # By ranks: what is scanned over comes in without its first axis, and leaves with one more;
-        # the parameters that count them have other names from JAX 0.11 on.
-        inner = eqn.params["jaxpr"]
-        n_xs = sum(a.aval.ndim > b.aval.ndim
-                   for a, b in zip(eqn.invars, inner.jaxpr.invars, strict=True))  # fmt: skip
-        n_carry = sum(a.aval.ndim == b.aval.ndim
-                      for a, b in zip(eqn.outvars, inner.jaxpr.outvars, strict=True))  # fmt: skip
-        n_consts = len(inputs) - n_carry - n_xs
+        inner, (n_consts, n_carry) = eqn.params["jaxpr"], scan_counts(eqn)
         consts, carry = inputs[:n_consts], inputs[n_consts : n_consts + n_carry]
         number = next(self.scans)
         xs = [_sliced(x, number) for x in inputs[n_consts + n_carry :]]
@@ -436,6 +429,20 @@ def _live(jaxpr: Jaxpr) -> list[Any]:
 
 def _grows(eqn) -> bool:
     return eqn.outvars[0].aval.size > eqn.invars[0].aval.size
+
+
+def scan_counts(eqn) -> tuple[int, int]:
+    """How many inputs of a scan are constants, and how many are carried.
+
+    By ranks: what is scanned over comes in without its first axis, and leaves with one more. The
+    parameters that count them have other names from JAX 0.11 on.
+    """
+    inner = eqn.params["jaxpr"].jaxpr
+    n_xs = sum(a.aval.ndim > b.aval.ndim for a, b in zip(eqn.invars, inner.invars, strict=True))
+    n_carry = sum(
+        a.aval.ndim == b.aval.ndim for a, b in zip(eqn.outvars, inner.outvars, strict=True)
+    )
+    return len(eqn.invars) - n_carry - n_xs, n_carry
 
 
 def inner_program(eqn) -> ClosedJaxpr | None:

@@ -72,7 +72,12 @@ def norms_of_layers(apply) -> dict[str, list[float]]:
         return y
 
     with nn.intercept_methods(oracle):
-        apply()
+        try:
+            apply()
+        except ValueError as error:
+            if "data dependency on the scan body" not in str(error):
+                raise
+            pytest.skip("no layer can be watched: Flax's scan takes no callbacks with this JAX")
     jax.effects_barrier()
     return found
 
