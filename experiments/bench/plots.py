@@ -24,10 +24,11 @@ def save_ratios(figure: Figure, rows: list[Row], device: str) -> None:
     axes.barh(places, np.log2(ratios), color=colours, height=0.6)
     error = np.abs(np.log2(spread).T - np.log2(ratios))
     axes.errorbar(np.log2(ratios), places, xerr=error, fmt="none", color="black", lw=1)
-    for place, row, ratio in zip(places, rows, ratios, strict=True):
+    for place, row, right in zip(places, rows, np.log2(spread).max(1), strict=True):
         if row.target is not None:
             axes.plot([np.log2(row.target)] * 2, [place - 0.4, place + 0.4], color="black", lw=2)
-        axes.annotate(f" {row.ratio:.2f}", (max(0, np.log2(ratio)), place), va="center")
+        right = max(0, right, np.log2(row.target or 1))
+        axes.annotate(f" {row.ratio:.2f}", (right, place), va="center")
     axes.axvline(0, color="black", lw=0.8)
     ticks = np.arange(
         np.floor(min(-1, np.log2(spread).min())), np.ceil(max(1, np.log2(spread).max())) + 1
@@ -35,6 +36,7 @@ def save_ratios(figure: Figure, rows: list[Row], device: str) -> None:
     axes.set_xticks(ticks, [f"1/{2**-tick:g}" if tick < 0 else f"{2**tick:g}" for tick in ticks])
     names = [f"{row.suite}: {row.case}\n{row.metric} vs {row.peer_name}" for row in rows]
     axes.set_yticks(places, names, fontsize=7)
+    axes.set_ylim(-1, len(rows))
     axes.set(title=f"Time or size of sn_jax / that of the peer ({device})",
              xlabel="ratio: left of 1 is better; black line: target")  # fmt: skip
     axes.grid(axis="x", alpha=0.3)
