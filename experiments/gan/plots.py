@@ -30,6 +30,26 @@ def save_samples(figure: Figure, fake: np.ndarray, real: np.ndarray, title: str)
 
 
 @picture(7, 4.5)
+def save_kid(figure: Figure, rows: list[dict[str, Any]], title: str) -> None:
+    """KID over training, a line for each row of a table that has it: its method and setting."""
+    figure.suptitle(title, fontsize="medium")
+    axes = figure.subplots()
+    rows = [row for row in rows if "kid_on_the_way" in row]
+    colours = _colours([*dict.fromkeys(row["method"] for row in rows)])
+    settings = sorted({row["setting"] for row in rows})
+    for row in rows:
+        axes.plot(
+            *zip(*row["kid_on_the_way"]["points"], strict=True),
+            marker="o", ms=4, linestyle=("-", "--", ":", "-.")[settings.index(row["setting"]) % 4],
+            color=colours[row["method"]], label=f"{row['method']}, setting {row['setting']}",
+        )  # fmt: skip
+    images = rows[0]["kid_on_the_way"]["images"]
+    axes.set(xlabel="generator updates", ylabel=f"KID of {images} images", ylim=(0, None))
+    axes.grid(alpha=0.3)
+    axes.legend()
+
+
+@picture(7, 4.5)
 def save_fid(figure: Figure, rows: list[dict[str, Any]], title: str) -> None:
     """FID over training, from fid.jsonl: a line for every pair of numbers of images."""
     figure.suptitle(title, fontsize="medium")

@@ -215,6 +215,11 @@ def collect(name: str, config: Config) -> dict[str, Any] | None:
     fractions = quality["class_fractions"]
     names = ("fid", "kid", "precision", "recall", "n_real", "n_fake")
     fid = {name: summary["fid"][-1][name] for name in names} if config.fid else {}
+    if config.fid_every:
+        measured = read_rows(config.out, "fid.jsonl")
+        images = measured[0]["n_real"]  # there are more of them at the end
+        points = [(at["step"], at["kid"]) for at in measured if at["n_real"] == images]
+        fid["kid_on_the_way"] = {"images": images, "points": points}
     judged = {
         "images": summary["images"],
         "n_real": quality["n_real"],
@@ -398,6 +403,8 @@ def draw(out: Path, results: dict[str, Any]) -> None:
     title = f"{results['preset']}: {updates(results['rows'])}"
     shown = f"{title}, setting {SHOWN[0]}, seed {SHOWN[1]}"
     plots.save_robustness(out / "figure1.png", results["rows"], title)
+    if any("kid_on_the_way" in row for row in results["rows"]):
+        plots.save_kid(out / "kid.png", results["rows"], title)
     if results["spectra"]:
         plots.save_spectra(out / "figure3.png", results["spectra"], shown)
         plots.save_norms(out / "figure9.png", results["sigma_bar"], shown)
