@@ -312,11 +312,11 @@ def test_a_row_with_its_own_hyperparameters_says_so():
 
 
 def test_kid_on_the_way_is_in_the_row_and_drawn(tmp_path):
-    config = Config(fid=("5/5", "20/20"), fid_every=10, steps=20, out=tmp_path / "run")
+    config = Config(fid=("50/50", "200/200"), fid_every=500, steps=1000, out=tmp_path / "run")
     config.out.mkdir()
     numbers = {"precision": 0.5, "recall": 0.1, "fid": 9.0}
     measured = [{"step": step, "n_real": n, "n_fake": n, "kid": 1 / (step + n)} | numbers
-                for step, n in [(10, 5), (20, 5), (20, 20)]]  # fmt: skip
+                for step, n in [(500, 50), (1000, 50), (1000, 200)]]  # fmt: skip
     (config.out / "fid.jsonl").write_text("".join(json.dumps(row) + "\n" for row in measured))
     quality = {"class_fractions": [0.5, 0.5], "n_real": 9, "n_fake": 9, "frechet_fake": 1.0,
                "frechet_real": 0.5, "confidence_fake": 0.9}  # fmt: skip
@@ -325,6 +325,6 @@ def test_kid_on_the_way_is_in_the_row_and_drawn(tmp_path):
     (config.out / "summary.json").write_text(json.dumps(summary))
     row = table2.collect("SN, C, seed 0", config)
     assert row["kid"] == measured[-1]["kid"], "of most images"
-    assert row["kid_on_the_way"] == {"images": 5, "points": [(10, 1 / 15), (20, 1 / 25)]}
+    assert row["kid_on_the_way"] == {"images": 50, "points": [(500, 1 / 550), (1000, 1 / 1050)]}
     table2.draw(tmp_path, {"preset": "x", "rows": [row], "spectra": {}})
     assert (tmp_path / "kid.png").stat().st_size > 10_000
