@@ -473,7 +473,7 @@ def _check_edges(program: tuple, edges: np.ndarray, eps: float, steepest: float 
         raise Jump(apart[first], edges[first])
     # The boxes beside an edge are judged as such; what happens on it alone is judged here.
     doubt = unsure & ~(value[1] - value[0] <= rounding)
-    return not doubt[n : 2 * n].any()
+    return not doubt.any()
 
 
 def _small_steps(

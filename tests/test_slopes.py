@@ -189,6 +189,15 @@ def test_jumps_are_errors(fn):
         of(fn)
 
 
+@pytest.mark.parametrize("inner", [jnp.tanh, jnp.arcsinh, jnp.arctanh])
+@pytest.mark.parametrize("domain", [(0.0, 0.5), (-0.5, 0.5)])
+def test_a_jump_that_rounding_hides_is_not_bounded(inner, domain):
+    """Beside 0 the sign of what goes in cannot be told; at 0 and further away it can."""
+    found = of(lambda x: jnp.sign(inner(x)), domain)
+    assert found.low == -np.inf
+    assert found.high == np.inf
+
+
 def test_a_jump_outside_the_domain_is_none():
     assert of(lambda x: jnp.where(x > 0.3, x + 1, x), (0.5, 2.0))[:2] == (1, 1)
     assert of(jnp.floor, (0.25, 0.75)) == (0, 0, 0, 0)
