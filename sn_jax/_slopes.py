@@ -326,10 +326,11 @@ def _bounded(program: tuple, low: float, high: float, eps: float) -> Slopes:
             program, boxes.x[:, boxes.unsure], edges[[0, -1]], eps, steepest
         )
         sure &= bool(trusted.all())
-    if not sure:
-        first = np.array([[-np.inf], [np.inf]])
+    value = boxes.value
+    if not sure:  # what a point beside an unknown has may be in no box
+        first = value = np.array([[-np.inf], [np.inf]])
     ends = []
-    for name, found in (("first", first), ("value", boxes.value)):
+    for name, found in (("first", first), ("value", value)):
         ends += [min(outer[name][0], found[0].min()), max(outer[name][1], found[1].max())]
     return Slopes(*(float(end) + 0.0 for end in ends))
 
