@@ -57,12 +57,25 @@ class Evaluation:
 
     def run(self, program: tuple) -> Any:
         jets: list[Any] = [self.x]
+        undefined = [_NOWHERE]  # where each may be no number
         for op, args, param in program[1:]:
             read = [jets[a] if isinstance(a, Ref) else
                     Truth(np.array([a]), np.array([not a])) if isinstance(a, bool) else
                     self.constant(a) for a in args]  # fmt: skip
             rule = RULES[op]
-            jets.append(rule(self, *read) if param is None else rule(self, *read, param))
+            out = rule(self, *read) if param is None else rule(self, *read, param)
+            lost = [undefined[a] if isinstance(a, Ref) else _NOWHERE for a in args]
+            if op == "select_n":
+                which, no, yes = read[0], *lost[1:]
+                lost = [which.false & no, which.true & yes]
+            none = np.logical_or.reduce(np.broadcast_arrays(_NOWHERE, *lost))
+            if isinstance(out, Truth):
+                # Of what is no number a predicate has some value all the same.
+                out, none = Truth(out.true | none, out.false | none), _NOWHERE
+            else:
+                none = none | ((out.value.low == -np.inf) & (out.value.high == np.inf))
+            jets.append(out)
+            undefined.append(none)
         return jets
 
     def kink(self, undecided: np.ndarray, difference: Jet) -> None:

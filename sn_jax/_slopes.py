@@ -472,9 +472,8 @@ def _check_edges(program: tuple, edges: np.ndarray, eps: float, steepest: float 
     if bad.any():
         first = np.argmin(np.where(bad, np.abs(edges), np.inf))
         raise Jump(apart[first], edges[first])
-    # The boxes beside an edge are judged as such; what happens on it alone is judged here.
-    doubt = unsure & ~(value[1] - value[0] <= rounding)
-    return not doubt.any()
+    # What an edge alone has, and what rounding hides beside it, is in no box that is judged later.
+    return not np.any(unsure & ~(value[1] - value[0] <= rounding))
 
 
 def _small_steps(

@@ -198,6 +198,31 @@ def test_a_jump_that_rounding_hides_is_not_bounded(inner, domain):
     assert found.high == np.inf
 
 
+@pytest.mark.parametrize("outside", [jnp.arctanh, jnp.arccos, jnp.log, jnp.sqrt])
+def test_a_comparison_with_what_is_no_number_is_undecided(outside):
+    """It is false, whatever the sign's square is where there is a number."""
+
+    def fn(x):
+        return jnp.where(jnp.sign(outside(x)) ** 2 > -2, jnp.maximum(x, 0), 2.5)
+
+    try:
+        found = of(fn)
+    except Jump:
+        return
+    assert found.low == -np.inf
+    assert found.high == np.inf
+
+
+def test_what_is_guarded_against_no_number_is_bounded():
+    """The branch that has none is not taken there, so what compares with the result knows it."""
+
+    def fn(x):
+        root = jnp.where(x > 1, jnp.sqrt(jnp.where(x > 1, x, 1)), 1.0)
+        return jnp.where(root > 0.5, root, 7.0)
+
+    assert of(fn)[:2] == pytest.approx((0, 0.5))
+
+
 def test_a_jump_outside_the_domain_is_none():
     assert of(lambda x: jnp.where(x > 0.3, x + 1, x), (0.5, 2.0))[:2] == (1, 1)
     assert of(jnp.floor, (0.25, 0.75)) == (0, 0, 0, 0)
