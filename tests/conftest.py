@@ -43,12 +43,22 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: order[name(item)])
 
 
-def pytest_collection_finish():
-    """What imports have made stays, and is not searched for garbage over and over: with the large
+def settle():
+    """What is there by now stays, and is not searched for garbage over and over: with the large
     heaps of traced programs that was a tenth of the time or more."""
     gc.collect()
     gc.freeze()
+
+
+def pytest_collection_finish():
+    settle()
     gc.set_threshold(50_000, 20, 20)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _settled():
+    yield
+    settle()
 
 
 def pytest_report_header():

@@ -1,5 +1,6 @@
 """Cases that every view must pass, with independent NumPy oracles, and known spectra."""
 
+import gc
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -156,6 +157,16 @@ def by_definition(case: Case, w, state, bound=1.0):
     product = u * case.view.matvec(w, v)
     sigma = jnp.sum(product, tuple(range(k_axis, product.ndim)))
     return case.view.scale(w, bound / sigma)
+
+
+@contextmanager
+def checking_leaks():
+    """``jax.checking_leaks``, which has Python look through all objects for every suspicion, though not
+    through those from before: none is a tracer of what is traced inside."""
+    gc.collect()
+    gc.freeze()
+    with jax.checking_leaks():
+        yield
 
 
 @contextmanager

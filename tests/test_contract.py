@@ -9,6 +9,7 @@ import pytest
 from helpers import (
     CASES,
     by_definition,
+    checking_leaks,
     count_compilations,
     needs_float16,
     normalize,
@@ -210,7 +211,7 @@ def test_nothing_leaks_or_compiles_twice(case):
         sn_jax.spectral_penalty(normalized, state)
         return sn_jax.spectral_norms(normalized, state)
 
-    with jax.checking_leaks():  # seen by tracing alone
+    with checking_leaks():  # seen by tracing alone
         jax.jit(everything, static_argnums=1).trace(w, 0)
     everything(w, 1)
     other = w + 1

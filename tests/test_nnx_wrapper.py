@@ -6,6 +6,7 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
+from helpers import checking_leaks
 from test_convert import recorded
 
 import sn_jax
@@ -82,7 +83,7 @@ def test_what_a_call_changes_comes_back(how):
     wrapped = SpectralNorm(layer, rules=rules, warmup=50, rngs=nnx.Rngs(1))
     run = nnx.jit(lambda m, x: m(x)) if how == "jit" else lambda m, x: m(x)
     for _ in range(3 if how == "eager" else 2):
-        with jax.checking_leaks():
+        with checking_leaks():
             y = run(wrapped, jnp.asarray(X))
         assert y.shape == (3, 4)
         run(plain, jnp.asarray(X))
@@ -156,7 +157,7 @@ def test_changes_under_grad_vmap_scan_and_split_merge():
         return SpectralNorm(Counter(rngs), rngs=rngs)
 
     members = make(nnx.Rngs(0))
-    with jax.checking_leaks():
+    with checking_leaks():
         nnx.vmap(lambda m, x: m(x), in_axes=(0, None))(members, X)
     np.testing.assert_array_equal(members.calls[...], [1, 1, 1])
     np.testing.assert_allclose(members.last, np.full(3, X.sum()), rtol=1e-5)
@@ -495,7 +496,7 @@ def test_the_stored_pair_of_changed_kernels(rules):
     stats["v"][...] = jnp.asarray(v / np.linalg.norm(v))[None]
     changed = np.einsum("kio,kio->", kernel, (v / np.linalg.norm(v))[..., None] * u)
     assert 0.1 * sigma < changed < 0.99 * sigma
-    with jax.checking_leaks():
+    with checking_leaks():
         y = nnx.jit(lambda m, x: m(x))(wrapped, x)
     np.testing.assert_allclose(y, layer(x) / changed, rtol=1e-4, atol=1e-5)
 

@@ -4,6 +4,7 @@ import ast
 import doctest
 import importlib
 import inspect
+import os
 import re
 import subprocess
 import sys
@@ -219,20 +220,34 @@ def test_docstring_examples(module):
 
 DOCUMENTS = [
     path
-    for path in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+    for path in sorted((ROOT / "docs").glob("*.md"))
     # That guide needs eight devices: test_sharding.py runs it.
     if "```python" in path.read_text() and path.name != "scale.md"
 ]
+
+
+def blocks_of(document: Path) -> list[str]:
+    return re.findall(r"```python\n(.*?)```", document.read_text(), re.DOTALL)
 
 
 @pytest.mark.float32
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
 def test_python_blocks_of_the_documents_run(document, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    blocks = re.findall(r"```python\n(.*?)```", document.read_text(), re.DOTALL)
+    blocks = blocks_of(document)
     assert blocks
     for block in blocks:
         exec(compile(block, str(document), "exec"), {})
+
+
+def test_the_readme_as_users_compile_it():
+    """It attacks a network for seconds, or for a minute as the tests compile."""
+    blocks = blocks_of(ROOT / "README.md")
+    script = "".join(f"exec({block!r}, {{}})\n" for block in blocks)
+    env = os.environ | {"XLA_FLAGS": ""}
+    result = subprocess.run([sys.executable, "-W", "error", "-c", script], cwd=ROOT, env=env,
+                            capture_output=True, text=True)  # fmt: skip
+    assert result.returncode == 0, result.stderr
 
 
 def test_wheel_contains_the_package_and_nothing_else(tmp_path):
