@@ -161,8 +161,8 @@ def by_definition(case: Case, w, state, bound=1.0):
 
 @contextmanager
 def checking_leaks():
-    """``jax.checking_leaks``, which has Python look through all objects for every suspicion, though not
-    through those from before: none is a tracer of what is traced inside."""
+    """``jax.checking_leaks``. At every suspicion it has Python look through all objects; here only
+    through new ones, for no older one is a tracer of what is traced inside."""
     gc.collect()
     gc.freeze()
     with jax.checking_leaks():
