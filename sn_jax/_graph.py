@@ -2,13 +2,14 @@
 
 The jaxpr's calls are inlined and its loops unrolled, everything that x does not enter is computed
 as the program would, equal operations become one, and a few exact identities of real arithmetic
-are applied (``x + 0``, ``x != x``). Combinations that are known only together (softmax, norms of
-groups) are recognized by ``_patterns`` as the operations come in.
+are applied (``x + 0``, ``x != x`` where x is a number). Combinations that are known only together
+(softmax, norms of groups) are recognized by ``_patterns`` as the operations come in.
 """
 
 import contextlib
 import inspect
 import math
+import operator
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from types import TracebackType
@@ -20,6 +21,7 @@ import numpy as np
 from jax.extend.core import ClosedJaxpr, Literal
 
 from sn_jax import _patterns
+from sn_jax._numbers import is_lost_with
 from sn_jax._pieces import ELEMENTWISE, Constant, Operation, is_indexing, permuted
 from sn_jax._trace import evaluate, inner_program, scan_counts
 
@@ -227,20 +229,28 @@ class Builder:
         """Identities of real arithmetic, for finite x; None where there is none."""
         first, second = args[0], args[1] if len(args) > 1 else None
         same = first is second and len(args) == 2
-        if same and op in ("ne", "lt", "gt", "eq", "le", "ge"):
+        if same and (op in ("lt", "gt") or (op in ("ne", "eq", "le", "ge") and first.number)):
             return self.constant(np.full(shape, op in ("eq", "le", "ge")))
-        if same and op == "sub" and isinstance(first, Operation):
+        if op in _COMPARE and not same:
+            # Every real number is as far from infinity.
+            ends = [_representative(a) for a in args]
+            if math.inf in map(abs, ends) and not any(map(math.isnan, ends)):
+                return self.constant(np.full(shape, getattr(operator, op)(*ends)))
+        if same and op == "sub" and isinstance(first, Operation) and _is_real(first):
             return self.constant(np.zeros(shape, first.dtype))
         if same and op in ("max", "min"):
             return first
-        if op == "is_finite" and _is_finite(first):
-            return self.constant(np.ones(shape, bool))
+        if op == "is_finite" and first.number:
+            known = np.ones(shape, bool) if first.lost is None else ~first.lost
+            return self.constant(np.broadcast_to(known, shape))
         if op == "select_n":
             which, cases = first, args[1:]
             if isinstance(which, Constant) and which.uniform() is not None:
                 return self._at_shape(cases[int(which.uniform() or 0)], shape)
             if all(case is cases[0] for case in cases):
                 return self._at_shape(cases[0], shape)
+            if (number := self._without_guard(which, cases)) is not None:
+                return number
         for a, c in ((first, second), (second, first)):
             if not isinstance(c, Constant) or not isinstance(a, Operation) or len(args) != 2:
                 continue
@@ -249,10 +259,21 @@ class Builder:
                 return a
             if number == 1 and (op == "mul" or (op == "div" and in_order)):
                 return a
-            if number == 0 and op == "mul":
+            if number == 0 and op == "mul" and _is_real(a):
                 return self.constant(np.zeros(shape, a.dtype))
             if (op, number) in (("max", -math.inf), ("min", math.inf)):
                 return a
+        return None
+
+    @staticmethod
+    def _without_guard(which: Value, cases: Sequence[Value]) -> Value | None:
+        """The case of a select that is taken where there is a number, if the other one is none
+        where there is none: as the sum of both in logaddexp."""
+        if not isinstance(which, Operation) or which.op not in _GUARDS:
+            return None
+        guarded, number = which.args[0], _GUARDS[which.op]
+        if guarded is which.args[-1] and is_lost_with(cases[1 - number], guarded):
+            return cases[number]
         return None
 
     def _at_shape(self, a: Value, shape) -> Value:
@@ -522,31 +543,19 @@ def _are_floats(a, b) -> bool:
     return all(jnp.issubdtype(d, jnp.floating) for d in (a, b))
 
 
-def _is_finite(a: Value) -> bool:
-    """Whether every value is finite because x is: by operations that are defined everywhere."""
-    todo, seen = [a], set()
-    while todo:
-        a = todo.pop()
-        if a in seen or isinstance(a, Constant):
-            continue
-        seen.add(a)
-        if a.op not in _TOTAL:
-            return False
-        if any(isinstance(c, Constant) and a.op in ("add", "sub", "mul", "div", "max", "min")
-               and not np.isfinite(c.array).all() for c in a.args):  # fmt: skip
-            return False
-        if a.op == "div" and not (isinstance(a.args[1], Constant) and a.args[1].array.all()):
-            return False
-        todo += a.args
-    return True
+def _representative(a: Value) -> float:
+    """A constant's one number; 0 for any real one; NaN where there is none."""
+    number = a.uniform() if isinstance(a, Constant) else 0.0 if _is_real(a) else None
+    return math.nan if number is None else number
 
 
-_TOTAL = {
-    "x", "add", "sub", "mul", "div", "neg", "max", "min", "tanh", "logistic", "abs", "exp", "sin",
-    "cos", "reduce_max", "reduce_min", "reduce_sum", "dot_general", "reshape", "transpose",
-    "broadcast_in_dim", "squeeze", "slice", "conv_general_dilated", "softmax", "logsumexp",
-    "concatenate", "erf", "square", "sort", "rev", "reduce_window_max", "reduce_window_sum",
-}  # fmt: skip
+def _is_real(a: Value) -> bool:
+    return a.number and a.lost is None
+
+
+_COMPARE = {"lt", "le", "gt", "ge", "eq", "ne"}
+# Which case of a select is taken where a comparison with itself, or this, finds a number.
+_GUARDS = {"ne": 0, "eq": 1, "is_finite": 1}
 
 
 def _size(jaxpr) -> int:

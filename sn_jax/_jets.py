@@ -6,7 +6,7 @@ there is a jump is left open (``unsure``) together with where to divide the box.
 
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 
@@ -66,7 +66,7 @@ class Evaluation:
             out = rule(self, *read) if param is None else rule(self, *read, param)
             lost = [undefined[a] if isinstance(a, Ref) else _NOWHERE for a in args]
             if op == "select_n":
-                which, no, yes = read[0], *lost[1:]
+                which, no, yes = cast(Truth, read[0]), *lost[1:]
                 lost = [which.false & no, which.true & yes]
             none = np.logical_or.reduce(np.broadcast_arrays(_NOWHERE, *lost))
             if isinstance(out, Truth):
@@ -258,6 +258,12 @@ def _trunc(run: Evaluation, u: Jet) -> Jet:
     return _step(run, u, low + 0.0, high + 0.0)
 
 
+def _is_finite(run: Evaluation, u: Jet) -> Truth:
+    """Where there is a number; what may be none is undecided by ``run``, and so are poles."""
+    infinite = np.any(~np.isfinite(u.value.ends), axis=0, keepdims=False)
+    return Truth(np.ones(1, bool), infinite & (not run.tail))
+
+
 RULES: dict[str, Callable] = {
     "constant": lambda run, c: c,
     "add": _add,
@@ -277,6 +283,9 @@ RULES: dict[str, Callable] = {
         (a.true & b.false) | (a.false & b.true), (a.true & b.true) | (a.false & b.false)
     ),
     "not": lambda run, a: Truth(a.false, a.true),
+    "is_finite": _is_finite,
+    "doubt": lambda run, u: Truth(np.ones(1, bool), np.ones(1, bool)),
+    "zero": lambda run, u: run.constant(0.0)._replace(unsure=u.unsure),
     "integer_pow": _integer_power,
     "power": lambda run, u, c: _unary(power_function(c), run, u),
     "exponential": lambda run, u, base: _unary(exponential_function(base), run, u),

@@ -8,18 +8,21 @@ NumPy computes the common ones, so that nothing is compiled; JAX the others.
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, Union
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from numpy.lib.stride_tricks import sliding_window_view
 
 from sn_jax._matrix_free import Products
+from sn_jax._numbers import is_number, least, lost
 from sn_jax._symbols import UNIT, gamma, on_host
 
 Stack = np.ndarray  # (k, *shape), float64
 _ANY = 1000
+_MOST_WINDOWS = 2**22  # entries of convolutions' windows that are copied at a time
 
 ELEMENTWISE = {
     "abs", "acos", "acosh", "add", "add_any", "and", "asin", "asinh", "atan", "atan2", "atanh",
@@ -46,6 +49,29 @@ class Constant:
         """In float64, which holds every shorter float."""
         return np.asarray(self.value).astype(np.float64)
 
+    constant = True
+
+    @cached_property
+    def number(self) -> bool:
+        return not self.is_float or bool(np.all(self.array < math.inf))
+
+    @cached_property
+    def lost(self) -> np.ndarray | None:
+        places = self.array == -math.inf if self.is_float else np.zeros(1, bool)
+        return places if places.any() else None
+
+    @cached_property
+    def least(self) -> float:
+        return float(self.array.min(initial=math.inf)) if self.is_float else -math.inf
+
+    @cached_property
+    def nonzero(self) -> bool:
+        return self.is_float and bool(self.array.all())
+
+    @property
+    def is_float(self) -> bool:
+        return jnp.issubdtype(self.value.dtype, jnp.floating)
+
     def uniform(self) -> float | None:
         """Its one number, or None where entries differ."""
         value = self.array
@@ -66,7 +92,12 @@ class Operation:
       primitive: None for what was recognized.
       out: which result of the primitive.
       depth: larger than that of its arguments.
+      number: whether every entry is a real number for every real x, but for those that ``lost``
+        has: they are -inf for every x.
+      least: no number among the entries is below; -inf if that is not known.
     """
+
+    constant = nonzero = False
 
     def __init__(self, op, args, params, shape, dtype, where, primitive=None, out=0):
         self.op: str = op
@@ -75,6 +106,11 @@ class Operation:
         self.shape: tuple[int, ...] = tuple(shape)
         self.dtype, self.where, self.primitive, self.out = dtype, where, primitive, out
         self.depth: int = 1 + max((a.depth for a in self.inputs), default=0)
+        self.number: bool = is_number(op, self.args, params)
+        self.lost = lost(op, self.args, params, self.shape) if self.number else None
+        if self.lost is not None and is_indexing(op):
+            self.lost = permuted(self, self.lost.astype(float)) > 0
+        self.least: float = least(op, self.args, params)
 
     @property
     def size(self) -> int:
@@ -157,9 +193,14 @@ def apply(node: Operation, stacks: Mapping[Operation, Stack], *, absolute: bool 
         else np.broadcast_to(zero, (k, *a.shape))
         for a in node.args
     ]
-    if node.op in _NUMPY:
-        return _NUMPY[node.op](node.params, args, (k, *node.shape), absolute)
-    return _by_jax(node, args, absolute)
+    rule = _NUMPY.get(node.op)
+    if node.op == "conv_general_dilated" and not (
+        isinstance(args[1], Constant) and node.params["batch_group_count"] == 1
+    ):
+        rule = None
+    if rule is None:
+        return _by_jax(node, args, absolute)
+    return rule(node.params, args, (k, *node.shape), absolute)
 
 
 def products(order: Sequence[Operation], combine: Callable, source: Operation) -> Products:
@@ -360,6 +401,65 @@ def _dot(params, args, shape, absolute):
     return y.reshape(shape)
 
 
+def _padded(x: np.ndarray, edges: Sequence[tuple[int, int, int]]) -> np.ndarray:
+    """With zeros (low, high, between) each two entries, axis by axis; negative ones cut off."""
+    for axis, (low, high, between) in enumerate(edges):
+        if (low, high, between) == (0, 0, 0):
+            continue
+        shape = list(x.shape)
+        n = max(0, (shape[axis] - 1) * (between + 1) + 1)
+        shape[axis] = max(0, low) + n + max(0, high)
+        wide, lead = np.zeros(shape), (slice(None),) * axis
+        wide[(*lead, slice(max(0, low), max(0, low) + n, between + 1))] = x
+        x = wide[(*lead, slice(max(0, -low), shape[axis] - max(0, -high)))]
+    return x
+
+
+def _pad(params, args, shape, absolute):
+    del shape, absolute
+    return _padded(args[0], [(0, 0, 0), *params["padding_config"]])
+
+
+def _convolution(params, args, shape, absolute):
+    """Windows as rows of a matrix, some of the stack at a time, times the kernel as another."""
+    lhs, rhs, out = params["dimension_numbers"]
+    groups, n = params["feature_group_count"], len(params["window_strides"])
+    edges = zip(*zip(*params["padding"], strict=True), params["lhs_dilation"], strict=True)
+    x = args[0].transpose(0, lhs[0] + 1, *_axes(lhs[2:]), lhs[1] + 1)  # (k, batch, *space, in)
+    x = _padded(x, [(0, 0, 0)] * 2 + [(low, high, d - 1) for low, high, d in edges])
+    kernel = _factor(args[1], absolute).transpose(rhs)
+    widths = [
+        (w - 1) * d + 1 for w, d in zip(kernel.shape[2:], params["rhs_dilation"], strict=True)
+    ]
+    kernel = kernel.reshape(groups, kernel.shape[0] // groups, -1).swapaxes(1, 2)
+    sizes = [shape[a + 1] for a in out[2:]]
+    y = np.zeros((len(x), x.shape[1] * math.prod(sizes), groups, kernel.shape[2]))
+    if y.size:
+        x = x.reshape(*x.shape[:-1], groups, -1)
+        windows = sliding_window_view(x, widths, tuple(range(2, n + 2)))
+        every = [slice(None, None, stride) for stride in params["window_strides"]]
+        within = [slice(None, None, dilation) for dilation in params["rhs_dilation"]]
+        windows = windows[(slice(None), slice(None), *every, ..., *within)]
+        windows = np.moveaxis(windows, n + 2, 1)  # (k, groups, batch, *space, in, *window)
+        step = max(1, _MOST_WINDOWS * len(x) // max(1, windows.size))
+        for i in range(0, len(x), step):
+            rows = windows[i : i + step].reshape(-1, groups, y.shape[1], kernel.shape[1])
+            y[i : i + step] = (rows @ kernel).swapaxes(1, 2)
+    y = y.reshape(*x.shape[:2], *sizes, groups * kernel.shape[2])
+    return y.transpose(0, *_axes(np.argsort([out[0], *out[2:], out[1]])))
+
+
+def _window_sum(params, args, shape, absolute):
+    del shape, absolute
+    edges = zip(*zip(*params["padding"], strict=True), params["base_dilation"], strict=True)
+    x = _padded(args[0], [(0, 0, 0), *((low, high, d - 1) for low, high, d in edges)])
+    dilations, axes = params["window_dilation"], tuple(range(1, x.ndim))
+    widths = [(w - 1) * d + 1 for w, d in zip(params["window_dimensions"], dilations, strict=True)]
+    steps = [slice(None, None, step) for step in (*params["window_strides"], *dilations)]
+    windows = sliding_window_view(x, widths, axes)[(slice(None), *steps)]
+    return np.sum(windows, tuple(range(x.ndim, windows.ndim)))
+
+
 _NUMPY: dict[str, Callable[..., Stack]] = {
     "reshape": lambda p, a, shape, _: a[0].reshape(shape),
     "squeeze": lambda p, a, shape, _: a[0].reshape(shape),
@@ -381,6 +481,9 @@ _NUMPY: dict[str, Callable[..., Stack]] = {
     "reduce_sum": lambda p, a, shape, _: np.sum(a[0], _axes(p["axes"])),
     "cumsum": _cumsum,
     "dot_general": _dot,
+    "pad": _pad,
+    "reduce_window_sum": _window_sum,
+    "conv_general_dilated": _convolution,
 }
 # (operand, indices, updates): linear in both others, at constant indices.
 _SCATTER = {"scatter", "scatter-add"}

@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from sn_jax._numbers import ANYWHERE
+
 Number = int | float
 
 
@@ -57,7 +59,7 @@ _SAME = {"copy", "copy_p", "stop_gradient", "reduce_precision", "optimization_ba
 _FLIP = {"lt": "gt", "le": "ge", "gt": "lt", "ge": "le"}
 COMPARE = {"lt", "le", "gt", "ge", "eq", "ne"}
 _LOGIC = {"and", "or", "not", "xor"}
-PREDICATES = COMPARE | _LOGIC | {"select_bool"}
+PREDICATES = COMPARE | _LOGIC | {"select_bool", "is_finite", "doubt"}
 
 
 class Program:
@@ -71,6 +73,7 @@ class Program:
         self.known = known
         self.nodes: list[tuple[str, tuple, Any]] = []
         self.index: dict[Any, Ref] = {}
+        self.number = True
         self.emit("var")
 
     def emit(self, op: str, *args: Any, param: Any = None) -> Ref:
@@ -94,13 +97,14 @@ class Program:
 
     def add(self, op: str, args: list[Any], params: Mapping[str, Any]) -> Any:
         if op == "var":
+            self.number = params.get("number", True)
             return Ref(0)
         if op in _SAME:
             return args[0]
         if op == "convert_element_type":
             return self.convert(args[0], params.get("new_dtype", "float32"))
         if op == "is_finite":
-            return not (isinstance(args[0], float) and not math.isfinite(args[0]))
+            return self.is_number(args[0])
         if op in _LOGIC:
             return self.logic(op, args)
         if op in COMPARE:
@@ -146,20 +150,56 @@ class Program:
                 return self.logic("xor", [a, b] if op == "ne" else [self.logic("not", [a]), b])
             raise Unknown(op)
         if isinstance(a, Ref) == isinstance(b, Ref) and (a == b or not isinstance(a, Ref)):
-            # Identical operands: the guards against NaN, never true of real numbers.
-            return {"lt": a < b, "le": a <= b, "gt": a > b, "ge": a >= b,
-                    "eq": a == b, "ne": a != b}[op]  # fmt: skip
+            if not isinstance(a, Ref):
+                return {"lt": a < b, "le": a <= b, "gt": a > b, "ge": a >= b,
+                        "eq": a == b, "ne": a != b}[op]  # fmt: skip
+            # Identical operands: a guard against NaN.
+            number = op not in ("lt", "gt") and self.is_number(a)
+            return self.logic("not", [number]) if op == "ne" else number
         if not isinstance(a, Ref):
             return self.compare(_FLIP.get(op, op), b, a)
         if isinstance(b, float) and not math.isfinite(b):
-            return op == "ne" or (op in ("lt", "le") if b > 0 else b < 0 and op in ("gt", "ge"))
+            number = self.is_number(a)
+            below = op in (("lt", "le") if b > 0 else ("gt", "ge"))
+            return number if below or op == "ne" else self.logic("not", [number])
         (base, p), (other, q) = self.multiple(a), self.multiple(b)
         if isinstance(b, Ref) and base == other:
             # x > x / 10 is x > 0, which is decided on the tails as well.
             if p == q:
-                return self.compare(op, 0.0, 0.0)
+                return self.compare(op, base, base)
             return self.compare(op, base if p > q else self.make_neg(base), 0.0)
         return self.emit(op, a, b)
+
+    def is_number(self, arg: Any) -> Any:
+        """Whether it is a real number: decided, or a predicate."""
+        if not isinstance(arg, Ref):
+            return math.isfinite(arg)
+        if not self.number:
+            return self.emit("doubt", arg)
+        return self.is_total(arg) or self.emit("is_finite", arg)
+
+    def zero(self, arg: Ref) -> Any:
+        """0 where ``arg`` is a number."""
+        return 0.0 if self.is_total(arg) else self.emit("zero", arg)
+
+    def is_total(self, arg: Ref) -> bool:
+        """Whether it is a number wherever the variable is, by its operations."""
+        todo, seen = [arg], set()
+        while todo:
+            a = todo.pop()
+            if not isinstance(a, Ref):
+                if isinstance(a, float) and not math.isfinite(a):
+                    return False
+            elif a not in seen:
+                seen.add(a)
+                op, args, param = self.nodes[a]
+                if op == "integer_pow" and param < 0:
+                    return False
+                if op not in PREDICATES:
+                    if op not in ANYWHERE and op not in ("integer_pow", "exponential"):
+                        return False
+                    todo += args
+        return True
 
     def multiple(self, x: Any) -> tuple[Any, float]:
         """(base, c) where x is c times base."""
@@ -199,7 +239,7 @@ class Program:
 
     def make_sub(self, a: Any, b: Any) -> Any:
         if self.same(a, b) and isinstance(a, Ref):
-            return 0.0
+            return self.zero(a)
         return self.make_add(a, self.make_neg(b))
 
     def make_add(self, a: Any, b: Any) -> Any:
@@ -239,7 +279,7 @@ class Program:
             if b == -1:
                 return self.make_neg(a)
             if b == 0:
-                return 0.0
+                return self.zero(a)
         return self.emit("mul", a, b)
 
     def one_plus_exp(self, x: Any) -> Any:

@@ -604,7 +604,7 @@ def _slopes_of(node, root, ops, domain, ends=None):
         values = {c: c.uniform() for c in constants} | dict(
             zip(varied, map(float, choice), strict=True)
         )
-        nodes = [Node("var")]
+        nodes = [Node("var", params={"number": root.number})]
         for a in ops:
             args = tuple(
                 Ref(number[c])
