@@ -134,7 +134,7 @@ def kill_one(monkeypatch, out):
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     """One by two processes that nothing befalls, one of which one is killed, gone on with by two,
-    and one that was begun by two, gone on with by one."""
+    and one that was begun by two, gone on with by one. A minute and a half of CPU time."""
     folder = tmp_path_factory.mktemp("runs")
     monkeypatch = pytest.MonkeyPatch()
     step = kill_one(monkeypatch, folder / "killed")
@@ -146,6 +146,7 @@ def runs(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_two_processes_are_one(runs):
     worst = differences(saved(runs / "one"), saved(runs / "two"))
     assert max(worst.values()) < 1e-8, (KILL_SEED, worst)
@@ -155,6 +156,7 @@ def test_two_processes_are_one(runs):
     assert [row["step"] for row in rows] == [5, 10, LAST]  # written once
 
 
+@pytest.mark.slow
 def test_a_killed_process_and_a_restart_change_nothing(runs):
     worst = differences(saved(runs / "killed"), saved(runs / "two"))
     assert max(worst.values()) == 0, (KILL_SEED, worst)
@@ -169,6 +171,7 @@ def test_four_processes_on_another_mesh_go_on_from_two(runs, monkeypatch):
     assert max(worst.values()) < 1e-8, worst
 
 
+@pytest.mark.slow
 def test_a_checkpoint_without_one_of_its_files(runs, tmp_path):
     out = tmp_path / "missing"
     shutil.copytree(runs / "begun", out)
