@@ -21,7 +21,7 @@ import numpy as np
 from jax.extend.core import ClosedJaxpr, Literal
 
 from sn_jax import _patterns
-from sn_jax._numbers import is_lost_with
+from sn_jax._numbers import is_lost_with, is_real
 from sn_jax._pieces import ELEMENTWISE, Constant, Operation, is_indexing, permuted
 from sn_jax._trace import evaluate, inner_program, scan_counts
 
@@ -236,7 +236,7 @@ class Builder:
             ends = [_representative(a) for a in args]
             if math.inf in map(abs, ends) and not any(map(math.isnan, ends)):
                 return self.constant(np.full(shape, getattr(operator, op)(*ends)))
-        if same and op == "sub" and isinstance(first, Operation) and _is_real(first):
+        if same and op == "sub" and isinstance(first, Operation) and is_real(first):
             return self.constant(np.zeros(shape, first.dtype))
         if same and op in ("max", "min"):
             return first
@@ -259,7 +259,7 @@ class Builder:
                 return a
             if number == 1 and (op == "mul" or (op == "div" and in_order)):
                 return a
-            if number == 0 and op == "mul" and _is_real(a):
+            if number == 0 and op == "mul" and is_real(a):
                 return self.constant(np.zeros(shape, a.dtype))
             if (op, number) in (("max", -math.inf), ("min", math.inf)):
                 return a
@@ -545,12 +545,8 @@ def _are_floats(a, b) -> bool:
 
 def _representative(a: Value) -> float:
     """A constant's one number; 0 for any real one; NaN where there is none."""
-    number = a.uniform() if isinstance(a, Constant) else 0.0 if _is_real(a) else None
+    number = a.uniform() if isinstance(a, Constant) else 0.0 if is_real(a) else None
     return math.nan if number is None else number
-
-
-def _is_real(a: Value) -> bool:
-    return a.number and a.lost is None
 
 
 _COMPARE = {"lt", "le", "gt", "ge", "eq", "ne"}

@@ -33,12 +33,14 @@ _LEAST = {"square": 0.0, "abs": 0.0, "exp": 0.0, "exp2": 0.0, "logistic": 0.0, "
 _INDEXES = {"broadcast_in_dim", "convert_element_type", "dynamic_slice", "expand_dims", "reshape",
             "rev", "slice", "squeeze", "transpose"}  # fmt: skip
 _SORTS = {"cummax", "cummin", "reduce_max", "reduce_min", "sort", "split"}
+_ALIASES = {"larger": "max", "smaller": "min"}  # as they are recognized
 _SUMS = {"cumsum", "dot_general", "mul", "reduce_sum", "reduce_window_sum"}
 
 
 def is_number(op: str, args: Sequence[Any], params: Mapping[str, Any]) -> bool:
     """Whether the result is, but for entries that are -inf whatever x is (``lost`` says which), by
     the attributes ``number``, ``lost`` and ``least`` of the arguments."""
+    op = _ALIASES.get(op, op)
     if op in PREDICATES:
         return True
     if not all(a.number for a in args):
@@ -80,6 +82,7 @@ def lost(
 
     Of indexing it is the argument's, which is indexed elsewhere.
     """
+    op = _ALIASES.get(op, op)
     each = [None if a.lost is None else np.broadcast_to(a.lost, a.shape) for a in args]
     if all(e is None for e in each) or op in ("exp", "softmax", "logsumexp"):
         return None
@@ -101,19 +104,22 @@ def _any(x: np.ndarray) -> np.ndarray | None:
 
 def least(op: str, args: Sequence[Any], params: Mapping[str, Any]) -> float:
     """A number that no entry of the result is below; -inf where none is known."""
+    op = _ALIASES.get(op, op)
     if op in _LEAST:
         return _LEAST[op]
     if op == "integer_pow" and params["y"] % 2 == 0:
         return 0.0
     lows = [a.least for a in args]
-    if op in _INDEXES or op in _SORTS:
+    if op in _INDEXES:
         return lows[0]
-    if op in ("concatenate", "stack", "pad", "min"):
+    if op == "max" and all(a.lost is None for a in args):
+        return max(lows)
+    if op in _SORTS or op in ("concatenate", "stack", "pad", "min", "max"):
         return min(lows)
     if op == "select_n":
         return min(lows[1:])
-    if op in ("max", "clamp"):
-        return max(lows[:2]) if op == "max" else lows[0]
+    if op == "clamp":
+        return lows[0]
     if op in ("add", "add_any"):
         return sum(lows)
     if op == "sqrt":
@@ -125,24 +131,29 @@ def least(op: str, args: Sequence[Any], params: Mapping[str, Any]) -> float:
     return -math.inf
 
 
+def is_real(a: Any) -> bool:
+    """Whether every entry is a number for every x."""
+    return a.number and a.lost is None
+
+
 def is_lost_with(value: Any, guarded: Any) -> bool:
     """Whether ``value`` is no real number wherever ``guarded`` is none, both of the same places."""
     origins, carried = set(), set()
     todo = [guarded]
     while todo:
         a = todo.pop()
-        if a.number or a in origins:
+        if is_real(a) or a in origins:
             continue
-        if a.op in _CARRIES:
+        if not a.constant and a.op in _CARRIES:
             todo += a.args
         else:
             origins.add(a)
     todo = [value]
     while todo:
         a = todo.pop()
-        if a.number or a in carried:
+        if is_real(a) or a in carried:
             continue
         carried.add(a)
-        if a.op in _CARRIES:
+        if not a.constant and a.op in _CARRIES:
             todo += a.args
     return origins <= carried

@@ -52,19 +52,27 @@ class Constant:
     constant = True
 
     @cached_property
+    def ends(self) -> tuple[float, float]:
+        """The smallest and the largest number; NaN if one is."""
+        if not (self.is_float and self.value.size):
+            return -math.inf, -math.inf
+        value = np.asarray(self.value)
+        return float(value.min()), float(value.max())
+
+    @property
     def number(self) -> bool:
-        return not self.is_float or bool(np.all(self.array < math.inf))
+        return self.ends[1] < math.inf
+
+    @property
+    def least(self) -> float:
+        return self.ends[0]
 
     @cached_property
     def lost(self) -> np.ndarray | None:
-        places = self.array == -math.inf if self.is_float else np.zeros(1, bool)
-        return places if places.any() else None
+        infinite = self.is_float and self.value.size and self.least == -math.inf
+        return self.array == -math.inf if infinite else None
 
-    @cached_property
-    def least(self) -> float:
-        return float(self.array.min(initial=math.inf)) if self.is_float else -math.inf
-
-    @cached_property
+    @property
     def nonzero(self) -> bool:
         return self.is_float and bool(self.array.all())
 

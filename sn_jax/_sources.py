@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sn_jax._balls import Ball, Balls
+from sn_jax._numbers import is_real
 from sn_jax._pieces import ELEMENTWISE, Constant, Operation, apply, is_indexing, is_linear, roots
 from sn_jax._scalar import Node, Ref, Unknown
 from sn_jax._slopes import Jump, slopes, slopes_on
@@ -604,7 +605,7 @@ def _slopes_of(node, root, ops, domain, ends=None):
         values = {c: c.uniform() for c in constants} | dict(
             zip(varied, map(float, choice), strict=True)
         )
-        nodes = [Node("var", params={"number": root.number})]
+        nodes = [Node("var", params={"number": is_real(root)})]
         for a in ops:
             args = tuple(
                 Ref(number[c])

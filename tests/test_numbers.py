@@ -12,6 +12,7 @@ from sn_jax._graph import graph_of
 
 W = jnp.asarray(np.sin(1 + np.arange(9).reshape(3, 3)))
 X = np.zeros(3)
+MASK = np.array([[True, False, True], [False, True, True], [True, True, False]])
 
 
 def upper(fn, x=X, **kwargs) -> float:
@@ -111,6 +112,7 @@ KNOWN = NEVER | {
     "clip": lambda x: jnp.clip(x, -0.5, 0.5),
     "divided": lambda x: jnp.abs(x) / 3,
     "erfc": lambda x: jax.scipy.special.erfc(x),
+    "larger than what is masked": lambda x: jnp.maximum(jnp.where(MASK, jnp.exp(x), -jnp.inf), x),
 }
 # Infinite or no number for some x below.
 LOST = {
@@ -147,7 +149,6 @@ def test_structure_knows_numbers_and_what_they_are_not_below(fn):
     assert np.min(values) >= node.least
 
 
-MASK = np.array([[True, False, True], [False, True, True], [True, True, False]])
 MASKED = {
     "select": lambda x: jnp.where(MASK, x[:, None] + x, -jnp.inf),
     "sum": lambda x: (x[:, None] + x) + jnp.where(MASK, 0, -jnp.inf),
@@ -177,6 +178,22 @@ def test_structure_knows_what_masks_make_infinite(fn):
     with jax.numpy_rank_promotion("allow"):
         expected = upper(lambda x: jnp.asarray(alike) * jnp.tanh(x))
     assert guarded == pytest.approx(expected)
+
+
+def test_guards_of_what_masks_make_infinite_are_not_taken_for_never():
+    """The other case may be a number where the mask is, in a ball where the logarithm is one."""
+
+    def fn(x):
+        masked = jnp.where(MASK[0], x, -jnp.inf)
+        return jnp.where(jnp.isfinite(masked + jnp.log(x)), x / 10, jnp.log(x))
+
+    def of_all(x):
+        largest = jnp.max(jnp.where(MASK & MASK[0], x[:, None], -jnp.inf), 0)
+        return jnp.where(jnp.isfinite(largest * 2), x / 10, x)
+
+    for wrong in (fn, of_all):
+        with contextlib.suppress(ValueError):  # which says that it jumps
+            assert upper(wrong, np.full(3, 2.0), radius=1.0) >= 1
 
 
 def test_what_x_or_no_number_decides_is_not_known_to_be_infinite():
