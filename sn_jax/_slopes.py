@@ -315,8 +315,10 @@ def _bounded(program: tuple, low: float, high: float, eps: float) -> Slopes:
             kept &= side * boxes.x[(side + 1) // 2] <= begin
             outer = {k: (min(v[0], tail[k][0]), max(v[1], tail[k][1])) for k, v in outer.items()}
     boxes = _Boxes(*(part[..., kept] for part in boxes))
+    lost = _is_lost(slope[:, kept])
     for target, gap in (("first", _GAP), ("value", 1e-7)):
-        boxes, slope, value = _refined(program, boxes, slope, value, target, outer[target], gap)
+        if not lost:
+            boxes, slope, value = _refined(program, boxes, slope, value, target, outer[target], gap)
     steepest = float(np.abs(boxes.first).max())
     sure &= _check_edges(program, np.union1d(boxes.x[0], edges), eps, steepest)
     first = boxes.first
@@ -434,7 +436,15 @@ def _refined(
         ))  # fmt: skip
         slope = np.concatenate([slope, more_slope], axis=1)
         value = np.concatenate([value, more_value], axis=1)
+        if _is_lost(more_slope):
+            break
     return boxes, slope, value
+
+
+def _is_lost(slope: np.ndarray) -> bool:
+    """Whether nothing is known of the slope at a single point, so that no box around it has more
+    to say: as where f is no number."""
+    return bool(np.isinf(slope).all(0).any())
 
 
 def _within_rounding(jet: Jet, x: np.ndarray, eps: float, steepest: float) -> np.ndarray:
