@@ -149,6 +149,7 @@ def save(figure: Figure, results: dict[str, dict[str, Any]], title: str) -> None
             axes.plot(result["curve"], result["certified over the curve"][key], color=colour,
                       label=label)  # fmt: skip
         axes.plot(result["radii"], result["under attack"], "o--", color="#c4473a", ms=4, lw=0.8,
+                  drawstyle="steps-post",  # it never rises with the radius
                   label="left under attack: the truth is no more")  # fmt: skip
         axes.axvline(36 / 255, color="black", lw=0.8, ls=":")
         axes.annotate("36/255", (36 / 255, 0.02), (3, 0), textcoords="offset points", fontsize=8)

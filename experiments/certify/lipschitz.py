@@ -248,6 +248,7 @@ def save_robustness(figure: Figure, classifiers: dict[str, Any], title: str) -> 
             axes.plot(result["radii"], result["claims"][key], line, color=colour,
                       label=f"{label} ({result[key]:.3g}): {note}")  # fmt: skip
         axes.plot(result["attacked radii"], result["under attack"], "o-", color="#c4473a", ms=4,
+                  drawstyle="steps-post",  # it never rises with the radius
                   label="left under attack: the truth is no more")  # fmt: skip
         axes.set(title=f"{name}, accuracy {result['accuracy']:.1%}", xlim=(0, None), ylim=(0, 1.02),
                  xlabel="radius (l2; pixels from 0 to 1)", ylabel="accuracy, held out")  # fmt: skip
