@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import sn_jax
-from sn_jax._graph import graph_of
+from sn_jax import _graph
 
 W = jnp.asarray(np.sin(1 + np.arange(9).reshape(3, 3)))
 X = np.zeros(3)
@@ -135,7 +135,7 @@ LOST = {
 
 def output(fn):
     with jax.numpy_rank_promotion("allow"):
-        return graph_of(fn, X, "cpu").outputs[0]
+        return _graph.graph_of(fn, X, "cpu").outputs[0]
 
 
 @pytest.mark.parametrize("fn", KNOWN.values(), ids=KNOWN)

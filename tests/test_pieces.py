@@ -7,19 +7,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax import lax
 
-from sn_jax._graph import graph_of
-from sn_jax._pieces import apply
+from sn_jax import _graph, _pieces
 
 
 def check(fn, x):
     """What ``apply`` makes of a stack is what ``fn``, linear up to a constant, makes of each."""
-    node = graph_of(fn, x, "cpu").outputs[0]
+    node = _graph.graph_of(fn, x, "cpu").outputs[0]
     (source,) = node.inputs
     assert source.op == "x"
     stack = np.random.default_rng(1).standard_normal((3, *x.shape))
     zero = fn(jnp.zeros(x.shape))
     expected = np.stack([fn(jnp.asarray(row)) - zero for row in stack])
-    np.testing.assert_allclose(apply(node, {source: stack}), expected, atol=1e-12)
+    np.testing.assert_allclose(_pieces.apply(node, {source: stack}), expected, atol=1e-12)
     return node, source
 
 
@@ -52,13 +51,13 @@ def test_any_convolution(case):
     kernel = np.random.default_rng(0).standard_normal(kernel_shape)
     x = np.zeros(shape)
     node, source = check(lambda x: lax.conv_general_dilated(x, kernel, **options), x)
-    ones = apply(node, {source: np.ones((1, *shape))}, absolute=True)[0]
+    ones = _pieces.apply(node, {source: np.ones((1, *shape))}, absolute=True)[0]
     expected = lax.conv_general_dilated(jnp.ones(shape), abs(kernel), **options)
     np.testing.assert_allclose(ones, expected, atol=1e-12)
 
 
 def test_a_large_stack_is_done_in_parts(monkeypatch):
-    monkeypatch.setattr("sn_jax._pieces._MOST_WINDOWS", 200)
+    monkeypatch.setattr(_pieces, "_MOST_WINDOWS", 200)
     kernel = np.random.default_rng(0).standard_normal((3, 3, 2, 4))
     options = {"dimension_numbers": ("NHWC", "HWIO", "NHWC"), "window_strides": (1, 2)}
     check(lambda x: lax.conv_general_dilated(x, kernel, padding="SAME", **options),
