@@ -411,7 +411,8 @@ class Builder:
             for out in bodies
         )
         starts = [x for x, v in zip(carry, varying, strict=True) if v and isinstance(x, Operation)]
-        loop = {"steps": steps, "carry": c, "rest": r, "starts": len(starts)}
+        loop = {"steps": steps, "carry": c, "rest": r, "starts": len(starts),
+                "real": all(is_real(y) for out in bodies for y in out)}  # fmt: skip
         outputs: list[Value] = []
         for i, var in enumerate(eqn.outvars):
             if i < len(carry) and not varying[i]:

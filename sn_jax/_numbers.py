@@ -12,14 +12,16 @@ import numpy as np
 
 # Defined for every real argument.
 ANYWHERE = {
-    "abs", "add", "add_any", "asinh", "atan", "atan2", "broadcast_in_dim", "cbrt", "ceil", "clamp",
-    "concatenate", "conv_general_dilated", "convert_element_type", "cos", "cosh", "cummax",
-    "cummin", "cumsum", "dot_general", "dynamic_slice", "erf", "erfc", "exp", "exp2", "expand_dims",
-    "expm1", "floor", "length", "log_cosh", "logistic", "logsumexp", "max", "min", "mul",
-    "neg", "pad", "reduce_max", "reduce_min", "reduce_sum", "reduce_window_max",
-    "reduce_window_min", "reduce_window_sum", "reshape", "rev", "round", "select_and_gather_add",
-    "select_n", "sign", "sin", "sinh", "slice", "softmax", "softplus", "sort", "split", "square",
-    "squeeze", "stack", "sub", "tanh", "top_k", "transpose", "trunc", "var", "x",
+    "abs", "add", "add_any", "asinh", "atan", "atan2", "broadcast_in_dim", "cbrt", "ceil",
+    "clamp", "concatenate", "conv_general_dilated", "convert_element_type", "cos", "cosh",
+    "cumlogsumexp", "cummax", "cummin", "cumprod", "cumsum", "dot_general", "dynamic_slice",
+    "dynamic_update_slice", "erf", "erfc", "exp", "exp2", "expand_dims", "expm1", "floor",
+    "length", "log_cosh", "logistic", "logsumexp", "max", "min", "mul", "neg", "pad",
+    "reduce_max", "reduce_min", "reduce_prod", "reduce_sum", "reduce_window_max",
+    "reduce_window_min", "reduce_window_sum", "reshape", "rev", "round", "scatter",
+    "scatter-add", "select_and_gather_add", "select_and_scatter_add", "select_n", "sign",
+    "sin", "sinh", "slice", "softmax", "softplus", "sort", "split", "square", "squeeze",
+    "stack", "sub", "tanh", "top_k", "transpose", "trunc", "var", "x",
 }  # fmt: skip
 # Some truth value, whatever their arguments are.
 PREDICATES = {"lt", "le", "gt", "ge", "eq", "ne", "and", "or", "not", "xor", "is_finite"}
@@ -51,14 +53,27 @@ def is_number(op: str, args: Sequence[Any], params: Mapping[str, Any]) -> bool:
         return args[1].least > 0 or args[1].nonzero
     if op == "normalize":
         return math.isfinite(params["lipschitz"])
+    if op == "rem":
+        return args[1].nonzero
     if op == "gather":
-        return "FILL" not in str(params["mode"])  # by NaN, where indices are out of bounds
+        return _is_in_bounds(args[0], args[1], params)
+    if op == "loop":
+        return params["real"]
     if (op == "integer_pow" and params["y"] >= 0) or op in ANYWHERE:
         return True
     if op not in _FROM:
         return False
     at_it = op == "sqrt" or (op == "pow" and args[1].least >= 0)
     return args[0].least > _FROM[op] or (at_it and args[0].least == 0)
+
+
+def _is_in_bounds(x: Any, indices: Any, params: Mapping[str, Any]) -> bool:
+    """Whether no entry is filled with NaN because its index is out of bounds."""
+    if "FILL" not in str(params["mode"]):
+        return True
+    axes = list(params["dimension_numbers"].start_index_map)
+    most = np.subtract(x.shape, params["slice_sizes"])[axes]
+    return indices.constant and bool(np.all((indices.array >= 0) & (indices.array <= most)))
 
 
 def _may_be_lost(op: str, args: Sequence[Any], params: Mapping[str, Any]) -> bool:

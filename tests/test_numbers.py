@@ -40,6 +40,7 @@ SEEN = {
     "of all": lambda x: jnp.isnan(jnp.sum(jnp.sqrt(x))),
     "a sum of squares, less": lambda x: jnp.isnan(jnp.sqrt(jnp.sum(x**2) - 1)),
     "no eps": lambda x: jnp.isnan(x / jnp.sqrt(jnp.sum(x**2))),
+    "loop": lambda x: jnp.isnan(jax.lax.scan(lambda c, _: (jnp.log(c), None), x, None, 5000)[0]),
     "taken by NaN": lambda x: jnp.isnan(jnp.take(x, jnp.array([0, 1, 7]))),
 }
 
@@ -69,6 +70,9 @@ NEVER = {
     "softmax": lambda x: jnp.log(jax.nn.softmax(x) + 1e-3),
     "indexed": lambda x: x[jnp.array([2, 0, 1])],
     "log_softmax": jax.nn.log_softmax,
+    "taken": lambda x: jnp.take(x, jnp.array([1, 1, 0])),
+    "set": lambda x: jnp.zeros(3).at[jnp.array([2, 0])].set(x[:2]),
+    "loop": lambda x: jax.lax.scan(lambda c, _: (jnp.tanh(c + x), None), x, None, 5000)[0],
 }
 
 
