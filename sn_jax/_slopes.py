@@ -222,7 +222,7 @@ def _between(program: tuple, root: int, out: int) -> tuple | None:
             stack += [int(a) for a in program[i][1] if isinstance(a, Ref)]
     if root and 0 in needed:
         return None
-    order = sorted(needed)
+    order = [root, *sorted(needed - {root})]  # what is of constants alone may stand before it
     new = {old: Ref(i) for i, old in enumerate(order)}
     body = (
         (op, tuple(new[int(a)] if isinstance(a, Ref) else a for a in args), params)

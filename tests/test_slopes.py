@@ -223,6 +223,16 @@ def test_what_is_guarded_against_no_number_is_bounded():
     assert of(fn)[:2] == pytest.approx((0, 1), abs=1e-6)
 
 
+def test_parts_that_are_of_constants_alone():
+    """Which stand before the part that is looked at."""
+    constant = [Node("var"), Node("gt", (Ref(0), Ref(0))), Node("select_n", (Ref(1), 0.0, Ref(0))),
+                *(Node("abs", (Ref(i),)) for i in range(2, 6)), Node("add", (Ref(6), Ref(3))),
+                Node("abs", (Ref(7),)), Node("log", (Ref(8),))]  # fmt: skip
+    found = slopes(constant)
+    assert found.low == -np.inf
+    assert found.high == np.inf
+
+
 def test_a_jump_outside_the_domain_is_none():
     assert of(lambda x: jnp.where(x > 0.3, x + 1, x), (0.5, 2.0))[:2] == (1, 1)
     assert of(jnp.floor, (0.25, 0.75)) == (0, 0, 0, 0)
